@@ -1,0 +1,202 @@
+// LayerCache: the K and V of one layer (and one stream) of a running model.
+//
+// Tokens live in CELLS, the slots of the host engine. New tokens are staged as exact fp16 rows in
+// pages; the policy seals them, oldest first, into immutable packed blocks. Any cell may be
+// overwritten, copied, rotated or read at any time, sealed or not; the engine's mask says who sees
+// it (cache/visibility.h). Attention over the cache: cache/attention.h.
+//
+// A row is all KV heads of a token: keys [n_kv_heads, key_dim], values [n_kv_heads, value_dim].
+// Not thread-safe; Attention::run() alone may be called by several threads at once.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "base/aligned.h"
+#include "base/expected.h"
+#include "base/half.h"
+#include "cache/bytes.h"
+#include "format/block.h"
+#include "policy/policy.h"
+
+namespace zipcache::cache {
+
+using format::Tensor;
+
+inline constexpr std::uint32_t kNoCell = UINT32_MAX;
+inline constexpr std::uint32_t kNoGroup = UINT32_MAX;
+inline constexpr std::uint32_t kPageTokens = 32;
+
+// Rows given by the engine: row i at data + i * stride_bytes.
+struct RowsView {
+  const void* data = nullptr;
+  std::size_t stride_bytes = 0;
+  bool is_half = false;  // fp16, else float
+};
+
+// What a staged token has seen and is; kept only under policies that seal.
+struct StagedToken {
+  std::uint32_t group = kNoGroup;  // tokens of one sequence; sealed together
+  std::uint32_t arrival = 0;       // order of arrival in this cache
+  std::uint32_t seen = 0;          // probe rows that could see it
+  bool sink = false;               // never sealed
+};
+
+// A page of exact tokens: keys channel-major (no horizontal sums in scores), values token-major.
+struct StagingPage {
+  AlignedVector<Half> keys;          // [key_row, kPageTokens]
+  AlignedVector<Half> values;        // [kPageTokens, value_row]
+  std::uint32_t cells[kPageTokens];  // kNoCell = free slot
+  std::uint32_t used = 0;            // slots that hold a token
+  std::vector<StagedToken> tokens;   // kPageTokens long, or empty (fp16 policy)
+  std::vector<float> mass;           // [kPageTokens, n_kv_heads]: probe attention received
+};
+
+// A packed block. Immutable but for liveness (and rotation of keys).
+struct SealedBlock {
+  std::shared_ptr<const format::BlockLayout> layout;
+  AlignedVector<std::byte> bytes;
+  std::uint32_t first_cell = 0;      // cells first_cell .. + n_tokens - 1, unless `cells` is set
+  std::vector<std::uint32_t> cells;  // ascending, token order; empty when contiguous
+  std::vector<bool> dead;            // overwritten since; empty when all are live
+  std::uint32_t n_live = 0;
+  std::uint32_t group = kNoGroup;
+
+  std::uint32_t n_tokens() const { return layout->shape().n_tokens; }
+  std::uint32_t cell(std::uint32_t token) const {
+    return cells.empty() ? first_cell + token : cells[token];
+  }
+  bool is_dead(std::uint32_t token) const { return !dead.empty() && dead[token]; }
+};
+
+// Either a page or a block.
+struct Segment {
+  std::unique_ptr<StagingPage> page;
+  std::unique_ptr<SealedBlock> block;
+};
+
+// Tokens that follow each other in one sequence, as far as the masks tell (cache/sealer.h).
+struct TokenGroup {
+  std::uint32_t id = kNoGroup;
+  std::uint32_t tail_cell = kNoCell;  // its newest token
+  std::uint32_t n_tokens = 0;         // tokens so far: the ordinal of the next one
+};
+
+class LayerCache {
+ public:
+  struct Shape {
+    std::uint32_t layer = 0;
+    std::uint32_t n_cells = 0;    // capacity; costs nothing until used
+    std::uint32_t key_row = 0;    // n_kv_heads * key_dim
+    std::uint32_t value_row = 0;  // n_kv_heads * value_dim
+  };
+
+  // `policy` and `budget` are shared by the layers of a context and not null.
+  LayerCache(const Shape& shape, std::shared_ptr<const policy::Policy> policy,
+             std::shared_ptr<Budget> budget);
+  ~LayerCache();
+  LayerCache(const LayerCache&) = delete;
+  LayerCache& operator=(const LayerCache&) = delete;
+
+  const Shape& shape() const { return shape_; }
+  const policy::Policy& policy() const { return *policy_; }
+
+  // How rows split into heads; engines tell it with the first attention. kUnsupported when the rows
+  // do not split so or differ from an earlier call, or when head_dim is no multiple of 16 in
+  // [16, 512].
+  Status set_heads(std::uint32_t n_kv_heads, std::uint32_t key_dim, std::uint32_t value_dim);
+  std::uint32_t n_kv_heads() const { return n_kv_heads_; }
+  std::uint32_t key_dim() const { return key_dim_; }
+  std::uint32_t value_dim() const { return value_dim_; }
+
+  // Writes rows[i] to cells[i]. Writing a key makes the cell a new token (statistics start anew);
+  // keys and values of a token may come in either order. A sealed cell becomes staged again.
+  // kOutOfMemory: cells before the failing one are written, the others are as before.
+  // REQUIRES: cells < n_cells.
+  Status put(Tensor tensor, std::span<const std::uint32_t> cells, const RowsView& rows);
+
+  // Reads rows [first_cell, first_cell + n) as fp16 into out [n, key_row or value_row]: exact for
+  // staged tokens, dequantized for sealed ones, zero for cells never written.
+  void get(Tensor tensor, std::uint32_t first_cell, std::uint32_t n, Half* out) const;
+
+  // Calls rotate(cells, keys) with keys [n, key_row] float of every token held, page by page and
+  // block by block, and stores what it leaves there. Blocks for which it returns false are left
+  // alone; the others are quantized anew with their classes kept.
+  using Rotate = std::function<bool(std::span<const std::uint32_t> cells, float* keys)>;
+  void rotate_keys(const Rotate& rotate);
+
+  // Forgets everything.
+  void clear();
+  // Becomes a copy of `other` (same shape and policy).
+  Status copy_from(const LayerCache& other);
+
+  ByteCount bytes() const;
+  bool empty() const { return n_live_ == 0; }
+
+  // The cells of the latest put() of keys, in its order: the tokens of the current step.
+  std::span<const std::uint32_t> newest_cells() const { return newest_cells_; }
+
+  // For Attention and sealing (this room only).
+  const std::vector<Segment>& segments() const { return segments_; }
+  StagingPage* page(std::uint32_t segment) { return segments_[segment].page.get(); }
+
+  struct Slot {
+    std::uint32_t segment = UINT32_MAX;
+    std::uint32_t index = 0;  // slot of a page, token of a block
+    bool found() const { return segment != UINT32_MAX; }
+  };
+  Slot find(std::uint32_t cell) const;
+
+  // Packs staged tokens (page slots, any order) as one block; tiers [n_kv_heads, n] in the order of
+  // `slots`, counts as in quant::encode_block. The slots become free; call compact_staging() after
+  // the last seal of a step.
+  Status seal(std::span<const Slot> slots, const format::BlockShape& shape,
+              std::span<const std::uint8_t> tiers, std::uint32_t group);
+  // Dequantizes a block's live tokens back into staging (published mode: quantize everything anew).
+  // Returns their slots, ascending cells; *tiers becomes [n_kv_heads, n].
+  Expected<std::vector<Slot>> unseal(std::uint32_t segment, std::vector<std::uint8_t>* tiers);
+  // Moves staged tokens so that no page but the last has free slots, and frees empty pages.
+  void compact_staging();
+
+ private:
+  static constexpr std::uint16_t kNoOwner = UINT16_MAX;
+  static constexpr std::uint32_t kMapCells = 256;  // cells per lazily made piece of the owner map
+
+  void make_owner_map(std::uint32_t cell);
+  std::uint16_t owner(std::uint32_t cell) const;
+  void set_owner(std::uint32_t cell, std::uint16_t segment);
+  Expected<std::uint32_t> new_segment();
+  Expected<Slot> stage(std::uint32_t cell);         // a free slot, zero rows
+  Expected<Slot> unseal_token(std::uint32_t cell);  // one sealed token into staging
+  void release(std::uint32_t cell);
+  void free_segment(std::uint32_t segment);
+  std::shared_ptr<const format::BlockLayout> layout_for(const format::BlockShape& shape);
+  std::size_t page_bytes() const;
+  void reset_statistics(StagingPage& page, std::uint32_t slot);
+  void write_row(Tensor tensor, const Slot& slot, const RowsView& rows, std::size_t row);
+  void read_staged(const Slot& slot, Tensor tensor, float* row) const;
+  std::vector<float> decode(std::uint32_t segment, Tensor tensor) const;
+  void move_token(std::uint32_t from_page, std::uint32_t to_page);
+
+  Shape shape_;
+  std::shared_ptr<const policy::Policy> policy_;
+  std::shared_ptr<Budget> budget_;
+  std::uint32_t n_kv_heads_ = 0, key_dim_ = 0, value_dim_ = 0;
+
+  std::vector<Segment> segments_;  // stable ids; a freed one is reused
+  std::vector<std::unique_ptr<std::uint16_t[]>> owners_;
+  std::vector<std::shared_ptr<const format::BlockLayout>> layouts_;
+  std::vector<std::uint32_t> newest_cells_;
+  std::vector<TokenGroup> groups_;
+  std::uint32_t open_page_ = UINT32_MAX;  // a page that may have free slots
+  std::uint32_t next_arrival_ = 0;
+  std::uint32_t next_group_ = 0;
+  std::uint64_t n_live_ = 0;
+  friend class Sealer;
+};
+
+}  // namespace zipcache::cache

@@ -1,0 +1,258 @@
+// The cache against a plain float oracle under random use: append, overwrite, remove, copy, rotate,
+// restore, seal and attend, with several sequences in one stream.
+#include "cache/layer_cache.h"
+
+#include <gtest/gtest.h>
+
+#include <cstring>
+
+#include "cache/test_engine.h"
+
+namespace zipcache::cache {
+namespace {
+
+using Settings = std::map<std::string, std::string>;
+
+struct Case {
+  const char* name;
+  Settings settings;
+  double tolerance;  // of attention, relative to the largest |v| (sealed rows are read as fp16)
+};
+
+void PrintTo(const Case& c, std::ostream* out) { *out << c.name; }
+
+const std::vector<Case>& cases() {
+  static const std::vector<Case> all = {
+      {"fp16", {{"policy", "fp16"}}, 1e-4},
+      {"default", {}, 3e-3},
+      {"default_small", {{"seal", "32"}, {"block", "64"}, {"hold", "4"}, {"sinks", "1"}}, 3e-3},
+      {"half_params", {{"value-params", "half"}, {"key-bits", "8,2"}, {"value-bits", "4"}}, 3e-3},
+      {"uniform_cst", {{"policy", "uniform"}, {"granularity", "channelwise+cst"}}, 3e-3},
+      {"uniform_tokenwise", {{"policy", "uniform"}, {"granularity", "tokenwise"}}, 3e-3},
+      {"uniform_groupwise",
+       {{"policy", "uniform"}, {"granularity", "groupwise"}, {"group", "16"}},
+       3e-3},
+      {"uniform_plain",
+       {{"policy", "uniform"}, {"granularity", "channelwise+tokenwise"}, {"key-bits", "3"}},
+       3e-3},
+      {"paper", {{"mode", "paper"}}, 3e-3},
+      {"official", {{"mode", "official"}}, 3e-3},
+  };
+  return all;
+}
+
+const kernels::KernelTable* kernels_or_null(const char* isa) {
+  const auto table = kernels::select_kernels(isa);
+  return table ? *table : nullptr;
+}
+
+void expect_close(const TestEngine::Outcome& outcome, double tolerance, const char* where) {
+  double worst = 0;
+  for (std::size_t i = 0; i < outcome.out.size(); ++i) {
+    ASSERT_FALSE(std::isnan(outcome.out[i])) << where << " at " << i;
+    worst = std::max(worst, std::abs(outcome.out[i] - outcome.expected[i]));
+  }
+  EXPECT_LE(worst, tolerance * std::max(outcome.largest_value, 1.0)) << where;
+}
+
+class CacheFuzz : public testing::TestWithParam<std::tuple<Case, const char*>> {};
+
+TEST_P(CacheFuzz, AttendsLikeTheOracleOverWhatItHolds) {
+  const auto& [c, isa] = GetParam();
+  const kernels::KernelTable* kernels = kernels_or_null(isa);
+  if (kernels == nullptr) {
+    GTEST_SKIP() << isa << " does not run here";
+  }
+  for (std::uint64_t seed = 1; seed <= 3; ++seed) {
+    SCOPED_TRACE(seed);
+    TestDims dims;
+    dims.group = 1 + static_cast<std::uint32_t>(seed);
+    TestEngine engine(dims, c.settings, kernels, 1 + seed % 3, seed);
+    auto& random = engine.random();
+    for (int round = 0; round < 40; ++round) {
+      switch (random() % 8) {
+        case 0:
+          engine.remove(static_cast<int>(random() % 4), random() % 40);
+          break;
+        case 1: {
+          auto copy = engine.make_cache();
+          copy->copy_from(engine.cache()).value();
+          engine.replace_cache(std::move(copy));
+          break;
+        }
+        case 2:  // half of the cells turn their keys by a quarter
+          engine.cache().rotate_keys([&](std::span<const std::uint32_t> cells, float* keys) {
+            bool any = false;
+            const std::uint32_t width = dims.n_kv_heads * dims.key_dim;
+            for (std::size_t i = 0; i < cells.size(); ++i) {
+              for (std::uint32_t ch = 0; cells[i] % 2 == 1 && ch + 1 < width; ch += 2) {
+                std::swap(keys[i * width + ch], keys[i * width + ch + 1]);
+                keys[i * width + ch] *= -1;
+                any = true;
+              }
+            }
+            return any;
+          });
+          break;
+        default: {
+          std::vector<TestEngine::Step> steps;
+          const std::uint32_t most = round % 5 == 0 ? 90 : 3;
+          for (int s = 0; s < 4; ++s) {
+            if (random() % 2 == 0 && engine.free_cells() > 4 * most) {
+              steps.push_back({s, 1 + static_cast<std::uint32_t>(random() % most)});
+            }
+          }
+          if (!steps.empty()) {
+            expect_close(engine.step(steps, random() % 2 == 0), c.tolerance, c.name);
+          }
+        }
+      }
+      if (testing::Test::HasFailure()) {
+        return;
+      }
+    }
+    EXPECT_LE(engine.budget().used(), engine.cache().bytes().total());
+    engine.cache().clear();
+    EXPECT_EQ(engine.budget().used(), 0u);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Policies, CacheFuzz,
+                         testing::Combine(testing::ValuesIn(cases()),
+                                          testing::Values("scalar", "avx2", "avx512")),
+                         [](const auto& info) {
+                           return std::string(std::get<0>(info.param).name) + "_" +
+                                  std::get<1>(info.param);
+                         });
+
+const kernels::KernelTable* best() { return kernels::select_kernels("").value(); }
+
+TEST(LayerCache, StagedRowsAreExactAndSealedOnesClose) {
+  TestEngine engine({}, {}, best(), 1, 7);
+  engine.step({{0, 300}}, false);
+  const ByteCount bytes = engine.cache().bytes();
+  EXPECT_EQ(bytes.live_tokens, 300u);
+  EXPECT_GT(bytes.sealed_tokens, 200u);
+  const std::vector<float> values = engine.held(Tensor::kValue);
+  double error = 0, power = 0;
+  for (std::uint32_t p = 0; p < 300; ++p) {
+    const std::vector<float> row = engine.row(0, p, 1, 64);
+    for (std::uint32_t c = 0; c < 64; ++c) {
+      const float held = values[engine.cells(0)[p] * 64 + c];
+      if (p < 4 || p >= 300 - 28) {
+        EXPECT_EQ(held, round_to_half(row[c])) << "staged token " << p;
+      }
+      error += (held - row[c]) * (held - row[c]);
+      power += row[c] * row[c];
+    }
+  }
+  EXPECT_LT(error / power, 0.1);  // 2- and 3-bit codes of Gaussian values
+}
+
+TEST(LayerCache, SameBytesWithAnyNumberOfThreads) {
+  std::vector<std::vector<float>> outputs, keys;
+  for (const std::uint32_t n_threads : {1u, 2u, 5u}) {
+    TestEngine engine({}, {}, best(), n_threads, 11);
+    engine.step({{0, 200}, {1, 90}}, false);
+    for (int i = 0; i < 30; ++i) {
+      outputs.push_back(engine.step({{0, 1}, {1, 1}}, false).out);
+    }
+    outputs.push_back(engine.step({{0, 80}}, false).out);
+    keys.push_back(engine.held(Tensor::kKey));
+  }
+  const std::size_t n = outputs.size() / 3;
+  for (std::size_t i = 0; i < n; ++i) {
+    EXPECT_EQ(outputs[i], outputs[i + n]);
+    EXPECT_EQ(outputs[i], outputs[i + 2 * n]);
+  }
+  EXPECT_EQ(keys[0], keys[1]);
+  EXPECT_EQ(keys[0], keys[2]);
+}
+
+TEST(LayerCache, SequencesDoNotInfluenceEachOther) {
+  TestEngine alone({}, {}, best(), 1, 1);
+  TestEngine together({}, {}, best(), 1, 1);
+  for (const std::uint32_t n : {150u, 70u, 1u, 1u, 90u}) {
+    alone.step({{1, n}}, false);
+    together.step({{0, n / 2 + 1}, {1, n}}, false);
+  }
+  ASSERT_GT(alone.cache().bytes().sealed_tokens, 200u);
+  for (const Tensor tensor : {Tensor::kKey, Tensor::kValue}) {
+    const auto a = alone.held(tensor);
+    const auto b = together.held(tensor);
+    for (std::size_t p = 0; p < alone.cells(1).size(); ++p) {
+      ASSERT_EQ(0, std::memcmp(&a[alone.cells(1)[p] * 64], &b[together.cells(1)[p] * 64], 64 * 4))
+          << "token " << p;
+    }
+  }
+}
+
+TEST(LayerCache, RollbackOfOneTokenEachStepKeepsStagingSmall) {
+  TestEngine engine({}, {}, best(), 1, 5);
+  engine.step({{0, 100}}, false);
+  for (int i = 0; i < 200; ++i) {  // as speculative decoding: two tokens in, one taken back
+    engine.step({{0, 2}}, false);
+    engine.remove(0, 1);
+  }
+  const ByteCount bytes = engine.cache().bytes();
+  EXPECT_LT(bytes.live_tokens - bytes.sealed_tokens, 4u + 28u + 64u + 8u);
+}
+
+TEST(LayerCache, OverwrittenSealedTokensAreNeverSeenAgain) {
+  TestEngine engine({}, {}, best(), 1, 5);
+  engine.step({{0, 200}}, false);
+  engine.remove(0, 150);
+  for (int i = 0; i < 10; ++i) {
+    expect_close(engine.step({{1, 20}}, false), 3e-3, "reused cells");
+  }
+  EXPECT_GT(engine.cache().bytes().slack, 0u);
+}
+
+TEST(LayerCache, RestoredRowsAttendExactlyAndAreSealedLater) {
+  TestEngine engine({}, {}, best(), 1, 5);
+  engine.step({{0, 200}}, false);
+  std::vector<Half> keys(200 * 64), values(200 * 64);
+  engine.cache().get(Tensor::kKey, 0, 200, keys.data());
+  engine.cache().get(Tensor::kValue, 0, 200, values.data());
+  engine.cache().clear();
+  std::vector<std::uint32_t> cells(200);
+  for (std::uint32_t i = 0; i < 200; ++i) {
+    cells[i] = i;
+  }
+  engine.cache().put(Tensor::kKey, cells, {keys.data(), 64 * sizeof(Half), true}).value();
+  engine.cache().put(Tensor::kValue, cells, {values.data(), 64 * sizeof(Half), true}).value();
+  EXPECT_EQ(engine.cache().bytes().sealed_tokens, 0u);
+  expect_close(engine.step({{0, 1}}, false), 1e-4, "restored");
+  EXPECT_GT(engine.cache().bytes().sealed_tokens, 100u);
+  expect_close(engine.step({{0, 1}}, false), 3e-3, "sealed again");
+}
+
+TEST(LayerCache, ABudgetIsAnErrorAndLosesNothing) {
+  const auto policy =
+      std::make_shared<policy::Policy>(policy::make_policy({{"policy", "fp16"}}).value());
+  const auto budget = std::make_shared<Budget>(40000);
+  LayerCache cache({0, 1024, 64, 64}, policy, budget);
+  std::vector<float> rows(1000 * 64, 1.0f);
+  std::vector<std::uint32_t> cells(1000);
+  for (std::uint32_t i = 0; i < 1000; ++i) {
+    cells[i] = i;
+  }
+  const Status status = cache.put(Tensor::kKey, cells, {rows.data(), 64 * sizeof(float), false});
+  ASSERT_FALSE(status);
+  EXPECT_EQ(status.error().code, ErrorCode::kOutOfMemory);
+  EXPECT_NE(status.error().message.find("40000"), std::string::npos);
+  EXPECT_GT(cache.bytes().live_tokens, 0u);
+  EXPECT_LE(budget->used(), 40000u);
+}
+
+TEST(LayerCache, RefusesImpossibleHeads) {
+  const auto policy = std::make_shared<policy::Policy>(policy::make_policy({}).value());
+  LayerCache cache({0, 64, 96, 96}, policy, std::make_shared<Budget>());
+  EXPECT_EQ(cache.set_heads(4, 24, 24).error().code, ErrorCode::kUnsupported);
+  EXPECT_EQ(cache.set_heads(2, 32, 32).error().code, ErrorCode::kUnsupported);
+  EXPECT_TRUE(cache.set_heads(3, 32, 32));
+  EXPECT_EQ(cache.set_heads(6, 16, 16).error().code, ErrorCode::kUnsupported);
+}
+
+}  // namespace
+}  // namespace zipcache::cache

@@ -1,0 +1,260 @@
+#include "cache/sealer.h"
+
+#include <algorithm>
+#include <map>
+
+#include "base/check.h"
+#include "base/philox.h"
+
+namespace zipcache::cache {
+
+StagedToken& Sealer::token(const LayerCache::Slot& slot) {
+  return cache_.page(slot.segment)->tokens[slot.index];
+}
+
+bool Sealer::holds_tail(const TokenGroup& group) const {
+  const LayerCache::Slot slot = cache_.find(group.tail_cell);
+  if (!slot.found()) {
+    return false;
+  }
+  const Segment& segment = cache_.segments()[slot.segment];
+  return (segment.page != nullptr ? segment.page->tokens[slot.index].group
+                                  : segment.block->group) == group.id;
+}
+
+TokenGroup& Sealer::group_for(const Visibility& visible, std::uint32_t row) {
+  // The latest group comes first: the next token of the same sequence finds it at once.
+  auto& groups = cache_.groups_;
+  for (std::size_t i = groups.size(); i-- > 0;) {
+    if (visible.sees(row, groups[i].tail_cell) && holds_tail(groups[i])) {
+      std::rotate(groups.begin() + static_cast<std::ptrdiff_t>(i),
+                  groups.begin() + static_cast<std::ptrdiff_t>(i) + 1, groups.end());
+      return groups.back();
+    }
+  }
+  return take_over(visible, row);
+}
+
+TokenGroup& Sealer::take_over(const Visibility& visible, std::uint32_t row) {
+  auto& groups = cache_.groups_;
+  std::erase_if(groups, [this](const TokenGroup& group) { return !holds_tail(group); });
+
+  // Staged tokens that this row sees: of the group of the newest of them, or restored ones that
+  // belong to no group yet. The tokens of this very step have no group either, but are newer.
+  const std::uint32_t step_begin =
+      cache_.next_arrival_ - static_cast<std::uint32_t>(cache_.newest_cells().size());
+  Slots seen;
+  for (std::uint32_t id = 0; id < cache_.segments().size(); ++id) {
+    const StagingPage* page = cache_.segments()[id].page.get();
+    for (std::uint32_t slot = 0; page != nullptr && slot < kPageTokens; ++slot) {
+      if (page->cells[slot] != kNoCell && page->tokens[slot].arrival < step_begin &&
+          visible.sees(row, page->cells[slot])) {
+        seen.push_back({id, slot});
+      }
+    }
+  }
+  std::sort(seen.begin(), seen.end(),
+            [this](const auto& a, const auto& b) { return token(a).arrival < token(b).arrival; });
+  TokenGroup made{.id = cache_.next_group_++};
+  if (!seen.empty() && token(seen.back()).group != kNoGroup) {
+    const auto parent = std::find_if(groups.begin(), groups.end(), [&](const TokenGroup& group) {
+      return group.id == token(seen.back()).group;
+    });
+    made.n_tokens = parent == groups.end() ? cache_.policy().sink_tokens : parent->n_tokens;
+  }
+  for (const LayerCache::Slot& slot : seen) {
+    if (token(slot).group == kNoGroup) {  // restored: its place in the sequence starts here
+      token(slot).sink = made.n_tokens++ < cache_.policy().sink_tokens;
+    }
+    token(slot).group = made.id;
+  }
+  groups.push_back(made);
+  return groups.back();
+}
+
+void Sealer::begin_step(const Visibility& visible, std::uint32_t first_row,
+                        std::vector<Probe>* probes) {
+  step_groups_.clear();
+  probes->clear();
+  const auto cells = cache_.newest_cells();
+  for (std::uint32_t row = 0; row < cells.size(); ++row) {
+    const LayerCache::Slot slot = cache_.find(cells[row]);
+    ZC_CHECK(slot.found());
+    TokenGroup& group = group_for(visible, first_row + row);
+    auto step = std::find_if(step_groups_.begin(), step_groups_.end(),
+                             [&](const StepGroup& g) { return g.id == group.id; });
+    if (step == step_groups_.end()) {
+      step = step_groups_.insert(step, {group.id, group.n_tokens, {}});
+    }
+    step->rows.push_back(row);
+    token(slot).group = group.id;
+    token(slot).sink = group.n_tokens < cache_.policy().sink_tokens;
+    ++group.n_tokens;
+    group.tail_cell = cells[row];
+  }
+  std::map<std::uint32_t, float> weights;
+  for (const StepGroup& group : step_groups_) {
+    for (const std::uint32_t i : saliency::select_probes(
+             cache_.policy().probes, static_cast<std::uint32_t>(group.rows.size()),
+             {cache_.policy().seed, cache_.shape().layer, group.ordinal})) {
+      weights[group.rows[i]] += 1.0f;
+    }
+  }
+  for (const auto& [row, weight] : weights) {
+    probes->push_back({row, weight});
+  }
+}
+
+// The published code ranks in decode by the current query alone, not normalized.
+bool Sealer::ranks_by_last_row() const {
+  return cache_.policy().metric == saliency::Metric::kOfficial && cache_.newest_cells().size() == 1;
+}
+
+void Sealer::add_mass(const LayerCache::Slot& slot, const float* mass, std::uint32_t seen) {
+  StagingPage& page = *cache_.page(slot.segment);
+  page.tokens[slot.index].seen += seen;
+  for (std::uint32_t head = 0; head < cache_.n_kv_heads(); ++head) {
+    float& sum = page.mass[std::size_t{slot.index} * cache_.n_kv_heads() + head];
+    sum = ranks_by_last_row() ? mass[head] : sum + mass[head];
+  }
+}
+
+Sealer::Slots Sealer::staged(std::uint32_t group) const {
+  Slots slots;
+  std::vector<std::uint32_t> arrivals;
+  const auto& segments = cache_.segments();
+  for (std::uint32_t id = 0; id < segments.size(); ++id) {
+    const StagingPage* page = segments[id].page.get();
+    for (std::uint32_t slot = 0; page != nullptr && slot < kPageTokens; ++slot) {
+      if (page->cells[slot] != kNoCell && page->tokens[slot].group == group &&
+          !page->tokens[slot].sink) {
+        slots.push_back({id, slot});
+      }
+    }
+  }
+  std::sort(slots.begin(), slots.end(), [&](const auto& a, const auto& b) {
+    return segments[a.segment].page->tokens[a.index].arrival <
+           segments[b.segment].page->tokens[b.index].arrival;
+  });
+  return slots;
+}
+
+Status Sealer::end_step() {
+  for (const StepGroup& group : step_groups_) {
+    Status sealed = seal_group(group);
+    if (!sealed) {
+      return sealed;
+    }
+  }
+  return ok_status();
+}
+
+Status Sealer::seal_group(const StepGroup& group) {
+  const policy::Policy& policy = cache_.policy();
+  const Slots slots = staged(group.id);
+  if (slots.size() <= policy.hold_tokens) {
+    return ok_status();
+  }
+  const auto n_sealable = static_cast<std::uint32_t>(slots.size()) - policy.hold_tokens;
+  const std::vector<std::uint32_t> blocks =
+      policy::plan_seal(policy, n_sealable, static_cast<std::uint32_t>(group.rows.size()));
+  std::size_t begin = 0;
+  for (const std::uint32_t n : blocks) {
+    const Status sealed = seal_block(std::span(slots).subspan(begin, n),
+                                     static_cast<std::uint32_t>(slots.size() - begin), group.id);
+    if (!sealed) {
+      return sealed;
+    }
+    begin += n;
+  }
+  if (!blocks.empty()) {
+    cache_.compact_staging();
+  }
+  return ok_status();
+}
+
+// For Metric::kRandom: another order in every layer, head and block.
+std::uint64_t Sealer::random_seed(const LayerCache::Slot& first, std::uint32_t head) {
+  Philox random(cache_.policy().seed, cache_.shape().layer, token(first).arrival);
+  return std::uint64_t{random.next()} << 32 | head;
+}
+
+Status Sealer::seal_block(std::span<const LayerCache::Slot> oldest_first, std::uint32_t n_after,
+                          std::uint32_t group) {
+  const policy::Policy& policy = cache_.policy();
+  const std::uint32_t n_heads = cache_.n_kv_heads();
+  const auto n = static_cast<std::uint32_t>(oldest_first.size());
+
+  format::BlockShape shape =
+      policy::block_shape(policy, n, n_heads, cache_.key_dim(), cache_.value_dim());
+  const format::BlockLayout layout(shape);
+  std::vector<std::uint32_t> tier_tokens;
+  for (std::uint32_t tier = 0; tier < layout.n_tiers(); ++tier) {
+    tier_tokens.push_back(layout.tier_tokens(tier));
+  }
+
+  // Tiers are ranked in the order of arrival (ties go to the older token), head by head.
+  std::vector<std::uint8_t> tiers(std::size_t{n_heads} * n);
+  if (layout.n_tiers() > 1) {
+    std::vector<float> mass(n), scores(n);
+    std::vector<std::uint32_t> seen(n), ages(n);
+    for (std::uint32_t head = 0; head < n_heads; ++head) {
+      for (std::uint32_t i = 0; i < n; ++i) {
+        const StagingPage& page = *cache_.page(oldest_first[i].segment);
+        mass[i] = page.mass[std::size_t{oldest_first[i].index} * n_heads + head];
+        seen[i] = page.tokens[oldest_first[i].index].seen;
+        ages[i] = n_after - i;
+      }
+      saliency::scores_from_mass(
+          ranks_by_last_row() ? saliency::Metric::kAccumulated : policy.metric, mass, seen, ages,
+          random_seed(oldest_first.front(), head), scores);
+      saliency::assign_tiers(scores, tier_tokens,
+                             std::span(tiers).subspan(std::size_t{head} * n, n));
+    }
+  }
+
+  Slots slots(oldest_first.begin(), oldest_first.end());
+  if (policy.requantize_all) {
+    const Status gathered = gather_sealed(group, &shape, &slots, &tiers);
+    if (!gathered) {
+      return gathered;
+    }
+  }
+  return cache_.seal(slots, shape, tiers, group);
+}
+
+// Published mode: every sealed token of the group comes back, keeps its tier, and is quantized anew
+// together with the new ones.
+Status Sealer::gather_sealed(std::uint32_t group, format::BlockShape* shape, Slots* slots,
+                             std::vector<std::uint8_t>* tiers) {
+  const std::uint32_t n_heads = cache_.n_kv_heads();
+  for (std::uint32_t id = 0; id < cache_.segments().size(); ++id) {
+    const SealedBlock* block = cache_.segments()[id].block.get();
+    // A block with overwritten tokens has lost the counts that all heads must share: it stays.
+    if (block == nullptr || block->group != group || block->n_live != block->n_tokens()) {
+      continue;
+    }
+    const format::BlockShape old = block->layout->shape();
+    std::vector<std::uint8_t> old_tiers;
+    Expected<Slots> unsealed = cache_.unseal(id, &old_tiers);
+    if (!unsealed) {
+      return unsealed.error();
+    }
+    const std::size_t n_new = slots->size();
+    std::vector<std::uint8_t> joined;
+    for (std::uint32_t head = 0; head < n_heads; ++head) {
+      const auto old_head = old_tiers.begin() + head * old.n_tokens;
+      const auto new_head = tiers->begin() + static_cast<std::ptrdiff_t>(head * n_new);
+      joined.insert(joined.end(), old_head, old_head + old.n_tokens);
+      joined.insert(joined.end(), new_head, new_head + static_cast<std::ptrdiff_t>(n_new));
+    }
+    *tiers = std::move(joined);
+    slots->insert(slots->begin(), unsealed->begin(), unsealed->end());
+    shape->n_tokens += old.n_tokens;
+    shape->key.class0_tokens += old.key.class0_tokens;
+    shape->value.class0_tokens += old.value.class0_tokens;
+  }
+  return ok_status();
+}
+
+}  // namespace zipcache::cache

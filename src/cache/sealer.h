@@ -1,0 +1,65 @@
+// The policy at work on one cache: which sequence the new tokens belong to, which query rows are
+// probes, and what is sealed at the end of a step.
+//
+// The engine never names sequences; the mask does. A new token joins the group whose newest token
+// it sees. Where that token is hidden (a rollback, a second branch of a shared prompt) a new group
+// takes over the staged tokens that are visible. So tokens of different sequences never share a
+// block.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "base/expected.h"
+#include "cache/layer_cache.h"
+#include "cache/visibility.h"
+
+namespace zipcache::cache {
+
+// A query row whose attention counts as saliency; `weight` > 1 when drawn repeatedly.
+struct Probe {
+  std::uint32_t row = 0;
+  float weight = 1.0f;
+};
+
+class Sealer {
+ public:
+  explicit Sealer(LayerCache& cache) : cache_(cache) {}
+
+  // Gives the tokens in newest_cells() (row i of the step = newest_cells()[i], row first_row + i of
+  // `visible`) their groups and picks the probes, ascending by row.
+  void begin_step(const Visibility& visible, std::uint32_t first_row, std::vector<Probe>* probes);
+
+  // Adds the probe attention of one staged token: mass [n_kv_heads], seen = probes that see it.
+  void add_mass(const LayerCache::Slot& slot, const float* mass, std::uint32_t seen);
+
+  // Seals what the policy wants of the groups of this step.
+  Status end_step();
+
+ private:
+  struct StepGroup {
+    std::uint32_t id;
+    std::uint32_t ordinal;            // tokens of the group before this step
+    std::vector<std::uint32_t> rows;  // its rows in this step
+  };
+  using Slots = std::vector<LayerCache::Slot>;
+
+  TokenGroup& group_for(const Visibility& visible, std::uint32_t row);
+  TokenGroup& take_over(const Visibility& visible, std::uint32_t row);
+  bool holds_tail(const TokenGroup& group) const;
+  bool ranks_by_last_row() const;
+  std::uint64_t random_seed(const LayerCache::Slot& first, std::uint32_t head);
+  StagedToken& token(const LayerCache::Slot& slot);
+  Slots staged(std::uint32_t group) const;  // of a group, oldest first, sinks left out
+  Status seal_group(const StepGroup& group);
+  Status seal_block(std::span<const LayerCache::Slot> oldest_first, std::uint32_t n_after,
+                    std::uint32_t group);
+  Status gather_sealed(std::uint32_t group, format::BlockShape* shape, Slots* slots,
+                       std::vector<std::uint8_t>* tiers);
+
+  LayerCache& cache_;
+  std::vector<StepGroup> step_groups_;
+};
+
+}  // namespace zipcache::cache

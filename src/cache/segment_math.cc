@@ -1,0 +1,230 @@
+#include "cache/segment_math.h"
+
+#include <algorithm>
+
+namespace zipcache::cache {
+namespace {
+
+using format::BlockLayout;
+using format::Granularity;
+using format::Tensor;
+using format::TokenParams;
+
+const Half* halves(const SealedBlock& block, std::size_t offset) {
+  return reinterpret_cast<const Half*>(block.bytes.data() + offset);
+}
+
+void to_floats(const Half* in, std::size_t n, float* out) {
+  for (std::size_t i = 0; i < n; ++i) {
+    out[i] = half_to_float(in[i]);
+  }
+}
+
+// (scale, min) of the tokens of a class and channel group.
+void load_token_params(const SealedBlock& block, Tensor tensor, std::uint32_t head, int cls,
+                       std::uint32_t group, float* scale, float* min) {
+  const BlockLayout& layout = *block.layout;
+  const std::uint32_t first = layout.first_slot(tensor, cls);
+  const std::uint32_t n = layout.class_tokens(tensor, cls);
+  const std::size_t offset = layout.token_scale_min(tensor, head, group);
+  const std::uint32_t n_tokens = layout.shape().n_tokens;
+  if (layout.tensor(tensor).token_params == TokenParams::kHalf) {
+    to_floats(halves(block, offset) + first, n, scale);
+    to_floats(halves(block, offset) + n_tokens + first, n, min);
+    return;
+  }
+  const auto* e = reinterpret_cast<const std::uint8_t*>(block.bytes.data() + offset);
+  const float base = half_to_float(halves(block, layout.token_base(tensor, head))[cls]);
+  const int bits = layout.tensor(tensor).bits[static_cast<std::size_t>(cls)];
+  for (std::uint32_t i = 0; i < n; ++i) {
+    scale[i] = format::byte_scale(base, e[first + i]);
+    min[i] = format::byte_min(scale[i], e[n_tokens + first + i], bits);
+  }
+}
+
+}  // namespace
+
+void SegmentScratch::resize(std::size_t n_rows, std::size_t max_tokens, std::size_t max_dim) {
+  const std::size_t widest = round_up(std::max(max_tokens, max_dim), 32) + 32;
+  operand.resize(n_rows * widest);
+  product.resize(n_rows * widest);
+  token_scale.resize(widest);
+  token_min.resize(widest);
+  channel_a.resize(round_up(max_dim, 16));
+  channel_b.resize(round_up(max_dim, 16));
+  kernel.resize(kernels::matmul_scratch_bytes(n_rows, widest));
+}
+
+std::size_t SegmentScratch::bytes() const {
+  return (operand.capacity() + product.capacity() + token_scale.capacity() + token_min.capacity() +
+          channel_a.capacity() + channel_b.capacity()) *
+             sizeof(float) +
+         kernel.capacity();
+}
+
+void SegmentMath::multiply(const kernels::MatrixView& matrix, const float* x, std::size_t x_stride,
+                           std::size_t n_rows, float* y, std::size_t y_stride,
+                           SegmentScratch& scratch) const {
+  kernels_.matmul(matrix, x, x_stride, n_rows, y, y_stride,
+                  {scratch.kernel.data(), scratch.kernel.size()});
+}
+
+void SegmentMath::logits(const Segment& segment, std::uint32_t head, const float* q,
+                         std::size_t n_rows, float* logits, std::size_t stride,
+                         SegmentScratch& scratch) const {
+  if (segment.page != nullptr) {
+    const Half* keys = segment.page->keys.data() + std::size_t{head} * key_dim_ * kPageTokens;
+    multiply({keys, 16, kPageTokens, key_dim_, kPageTokens}, q, key_dim_, n_rows, logits, stride,
+             scratch);
+    return;
+  }
+  // Class 1 comes second: it overwrites the padding lanes behind class 0.
+  const int n_classes = segment.block->layout->tensor(Tensor::kKey).n_classes;
+  for (int cls = 0; cls < n_classes; ++cls) {
+    key_class(*segment.block, head, cls, q, n_rows, logits, stride, scratch);
+  }
+}
+
+void SegmentMath::key_class(const SealedBlock& block, std::uint32_t head, int cls, const float* q,
+                            std::size_t n_rows, float* logits, std::size_t stride,
+                            SegmentScratch& scratch) const {
+  const BlockLayout& layout = *block.layout;
+  const format::TensorFormat& format = layout.tensor(Tensor::kKey);
+  const std::uint32_t n = layout.class_tokens(Tensor::kKey, cls);
+  if (n == 0) {
+    return;
+  }
+  const int bits = format.bits[static_cast<std::size_t>(cls)];
+  float* out = logits + layout.first_slot(Tensor::kKey, cls);
+  float* folded = scratch.operand.data();
+
+  if (format.granularity == Granularity::kChannelwise) {
+    const Half* params = halves(block, layout.channel_scale_min(Tensor::kKey, head, cls));
+    to_floats(params, key_dim_, scratch.channel_a.data());
+    to_floats(params + key_dim_, key_dim_, scratch.channel_b.data());
+    const std::size_t inner = format::padded_inner(bits, key_dim_);
+    for (std::size_t row = 0; row < n_rows; ++row) {
+      float* x = folded + row * inner;
+      kernels_.multiply(x, q + row * key_dim_, scratch.channel_a.data(), key_dim_);
+      std::fill(x + key_dim_, x + inner, 0.0f);
+    }
+    multiply({block.bytes.data() + layout.codes(Tensor::kKey, head, cls, 0), bits, n, key_dim_, 0},
+             folded, inner, n_rows, out, stride, scratch);
+    for (std::size_t row = 0; row < n_rows; ++row) {
+      const float beta = kernels_.dot(q + row * key_dim_, scratch.channel_b.data(), key_dim_);
+      float* s = out + row * stride;
+      for (std::uint32_t i = 0; i < n; ++i) {
+        s[i] += beta;
+      }
+    }
+    return;
+  }
+
+  const std::uint32_t width = layout.group_channels(Tensor::kKey);
+  const std::size_t inner = format::padded_inner(bits, width);
+  if (format.granularity == Granularity::kChannelSeparable) {
+    to_floats(halves(block, layout.channel_factor(Tensor::kKey, head)), key_dim_,
+              scratch.channel_a.data());
+  } else {
+    std::fill_n(scratch.channel_a.begin(), key_dim_, 1.0f);
+  }
+  for (std::uint32_t group = 0; group < layout.n_groups(Tensor::kKey); ++group) {
+    const std::size_t first_channel = std::size_t{group} * width;
+    load_token_params(block, Tensor::kKey, head, cls, group, scratch.token_scale.data(),
+                      scratch.token_min.data());
+    for (std::size_t row = 0; row < n_rows; ++row) {
+      float* x = folded + row * inner;
+      kernels_.multiply(x, q + row * key_dim_ + first_channel,
+                        scratch.channel_a.data() + first_channel, width);
+      std::fill(x + width, x + inner, 0.0f);
+    }
+    const std::size_t product_stride = round_up(n, 16);
+    multiply({block.bytes.data() + layout.codes(Tensor::kKey, head, cls, group), bits, n, width, 0},
+             folded, inner, n_rows, scratch.product.data(), product_stride, scratch);
+    for (std::size_t row = 0; row < n_rows; ++row) {
+      const float* product = scratch.product.data() + row * product_stride;
+      const float* x = folded + row * inner;
+      float sum = 0.0f;
+      for (std::uint32_t c = 0; c < width; ++c) {
+        sum += x[c];
+      }
+      float* s = out + row * stride;
+      for (std::uint32_t i = 0; i < n; ++i) {
+        const float part = scratch.token_scale[i] * product[i] + scratch.token_min[i] * sum;
+        s[i] = group == 0 ? part : s[i] + part;
+      }
+    }
+  }
+}
+
+void SegmentMath::accumulate(const Segment& segment, std::uint32_t head, const float* weights,
+                             std::size_t stride, std::size_t n_rows, float* out,
+                             SegmentScratch& scratch) const {
+  if (segment.page != nullptr) {
+    const Half* values = segment.page->values.data() + std::size_t{head} * value_dim_;
+    multiply({values, 16, value_dim_, kPageTokens, value_row_}, weights, stride, n_rows,
+             scratch.product.data(), value_dim_, scratch);
+    kernels_.axpby(out, n_rows * value_dim_, 1.0f, scratch.product.data(), 1.0f);
+    return;
+  }
+  const int n_classes = segment.block->layout->tensor(Tensor::kValue).n_classes;
+  for (int cls = 0; cls < n_classes; ++cls) {
+    value_class(*segment.block, head, cls, weights, stride, n_rows, out, scratch);
+  }
+}
+
+void SegmentMath::value_class(const SealedBlock& block, std::uint32_t head, int cls,
+                              const float* weights, std::size_t stride, std::size_t n_rows,
+                              float* out, SegmentScratch& scratch) const {
+  const BlockLayout& layout = *block.layout;
+  const format::TensorFormat& format = layout.tensor(Tensor::kValue);
+  const std::uint32_t n = layout.class_tokens(Tensor::kValue, cls);
+  if (n == 0) {
+    return;
+  }
+  const int bits = format.bits[static_cast<std::size_t>(cls)];
+  const std::size_t inner = format::padded_inner(bits, n);
+  const float* class_weights = weights + layout.first_slot(Tensor::kValue, cls);
+  const bool channelwise = format.granularity == Granularity::kChannelwise;
+  if (channelwise) {
+    const Half* params = halves(block, layout.channel_scale_min(Tensor::kValue, head, cls));
+    to_floats(params, value_dim_, scratch.channel_a.data());
+    to_floats(params + value_dim_, value_dim_, scratch.channel_b.data());
+    std::fill_n(scratch.token_scale.begin(), n, 1.0f);
+    std::fill_n(scratch.token_min.begin(), n, 1.0f);  // mu = sum of weights
+  } else if (format.granularity == Granularity::kChannelSeparable) {
+    to_floats(halves(block, layout.channel_factor(Tensor::kValue, head)), value_dim_,
+              scratch.channel_a.data());
+  } else {
+    std::fill_n(scratch.channel_a.begin(), value_dim_, 1.0f);
+  }
+
+  const std::uint32_t width = layout.group_channels(Tensor::kValue);
+  for (std::uint32_t group = 0; group < layout.n_groups(Tensor::kValue); ++group) {
+    if (!channelwise) {
+      load_token_params(block, Tensor::kValue, head, cls, group, scratch.token_scale.data(),
+                        scratch.token_min.data());
+    }
+    for (std::size_t row = 0; row < n_rows; ++row) {
+      float* x = scratch.operand.data() + row * inner;
+      kernels_.multiply(x, class_weights + row * stride, scratch.token_scale.data(), n);
+      std::fill(x + n, x + inner, 0.0f);
+    }
+    multiply(
+        {block.bytes.data() + layout.codes(Tensor::kValue, head, cls, group), bits, width, n, 0},
+        scratch.operand.data(), inner, n_rows, scratch.product.data(), width, scratch);
+    const std::size_t first_channel = std::size_t{group} * width;
+    const float* a = scratch.channel_a.data() + first_channel;
+    const float* b = scratch.channel_b.data() + first_channel;
+    for (std::size_t row = 0; row < n_rows; ++row) {
+      const float mu = kernels_.dot(class_weights + row * stride, scratch.token_min.data(), n);
+      const float* product = scratch.product.data() + row * width;
+      float* o = out + row * value_dim_ + first_channel;
+      for (std::uint32_t c = 0; c < width; ++c) {
+        o[c] += channelwise ? a[c] * product[c] + b[c] * mu : a[c] * (product[c] + mu);
+      }
+    }
+  }
+}
+
+}  // namespace zipcache::cache

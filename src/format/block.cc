@@ -1,0 +1,194 @@
+// Where everything inside a sealed block stands; the sections are listed in block.h.
+
+#include "format/block.h"
+
+#include <algorithm>
+
+#include "base/aligned.h"
+#include "base/check.h"
+
+namespace zipcache::format {
+namespace {
+
+constexpr std::uint32_t kMaxHeadDim = 512;
+constexpr std::uint32_t kMaxTokens = 1u << 24;  // with kMaxHeads: no size overflows 64 bits
+constexpr std::uint32_t kMaxHeads = 1u << 12;
+constexpr std::size_t kParamsAlignment = 16;
+
+bool is_multiple_of_16(std::uint32_t n) { return n > 0 && n % 16 == 0; }
+
+bool is_valid_tensor(const TensorFormat& f, std::uint32_t head_dim, std::uint32_t n_tokens) {
+  if (!is_multiple_of_16(head_dim) || head_dim > kMaxHeadDim) {
+    return false;
+  }
+  if (f.n_classes < 1 || f.n_classes > 2 || !is_code_width(f.bits[0])) {
+    return false;
+  }
+  if (f.n_classes == 2 && (!is_code_width(f.bits[1]) || f.class0_tokens > n_tokens)) {
+    return false;
+  }
+  if (f.token_params != TokenParams::kHalf && f.token_params != TokenParams::kByte) {
+    return false;
+  }
+  const bool one_group = f.group_channels == 0 || f.group_channels == head_dim;
+  switch (f.granularity) {
+    case Granularity::kChannelwise:
+      return one_group && !f.slot_shared && f.token_params == TokenParams::kHalf;
+    case Granularity::kTokenwise:
+    case Granularity::kChannelSeparable:
+      if (!one_group && (!is_multiple_of_16(f.group_channels) || head_dim % f.group_channels != 0)) {
+        return false;
+      }
+      return !f.slot_shared || (one_group && f.token_params == TokenParams::kHalf);
+  }
+  return false;  // a granularity that does not exist
+}
+
+}  // namespace
+
+bool BlockLayout::is_valid(const BlockShape& shape) {
+  return shape.n_tokens > 0 && shape.n_tokens <= kMaxTokens && shape.n_kv_heads > 0 &&
+         shape.n_kv_heads <= kMaxHeads &&
+         is_valid_tensor(shape.key, shape.key_dim, shape.n_tokens) &&
+         is_valid_tensor(shape.value, shape.value_dim, shape.n_tokens);
+}
+
+BlockLayout::BlockLayout(const BlockShape& shape) : shape_(shape) {
+  ZC_CHECK(is_valid(shape));
+  find_tiers();
+  key_ = place_in_head(Tensor::kKey);
+  value_ = place_in_head(Tensor::kValue);
+  head_params_size_ = round_up(head_params_size_, kParamsAlignment);
+  codes_bytes_ = head_codes_size_ * shape.n_kv_heads;
+
+  params_begin_ = codes_bytes_;  // a multiple of 64: code matrices are
+  total_bytes_ = round_up(params_begin_ + head_params_size_ * shape.n_kv_heads, kAlignmentBytes);
+  place_shared_params(Tensor::kKey, &key_);
+  place_shared_params(Tensor::kValue, &value_);
+  total_bytes_ = round_up(total_bytes_, kAlignmentBytes);
+  params_bytes_ = total_bytes_ - params_begin_;
+
+  tiers_begin_ = total_bytes_;
+  tier_plane_size_ = round_up(shape.n_tokens, 64) / 8;
+  total_bytes_ += round_up(tier_plane_size_ * n_tier_planes() * shape.n_kv_heads, kAlignmentBytes);
+}
+
+// Slots between the distinct class borders.
+void BlockLayout::find_tiers() {
+  std::array<std::uint32_t, 2> borders{first_slot(Tensor::kKey, 1), first_slot(Tensor::kValue, 1)};
+  std::sort(borders.begin(), borders.end());
+  n_tiers_ = 0;
+  for (const std::uint32_t border : borders) {
+    if (border > tier_begin_[n_tiers_] && border < shape_.n_tokens) {
+      tier_begin_[++n_tiers_] = border;
+    }
+  }
+  tier_begin_[++n_tiers_] = shape_.n_tokens;
+}
+
+// Appends a tensor's codes and parameters to those of a head.
+BlockLayout::TensorOffsets BlockLayout::place_in_head(Tensor t) {
+  const TensorFormat& f = tensor(t);
+  TensorOffsets o;
+  for (int cls = 0; cls < f.n_classes; ++cls) {
+    const std::size_t tokens = class_tokens(t, cls);
+    const std::size_t channels = group_channels(t);
+    o.class_codes[cls] = head_codes_size_;
+    o.group_codes_size[cls] = t == Tensor::kKey ? matrix_bytes(f.bits[cls], tokens, channels)
+                                                : matrix_bytes(f.bits[cls], channels, tokens);
+    head_codes_size_ += n_groups(t) * o.group_codes_size[cls];
+  }
+
+  o.params = head_params_size_;
+  if (f.granularity == Granularity::kChannelwise) {
+    head_params_size_ += f.n_classes * 2 * head_dim(t) * sizeof(Half);
+    return o;
+  }
+  if (f.granularity == Granularity::kChannelSeparable) {
+    head_params_size_ += head_dim(t) * sizeof(Half);
+  }
+  const std::size_t one = f.token_params == TokenParams::kHalf ? sizeof(Half) : 1;
+  o.token_group_size = 2 * one * shape_.n_tokens;
+  if (!f.slot_shared) {
+    o.token_params = head_params_size_;
+    head_params_size_ += n_groups(t) * o.token_group_size;
+  }
+  if (f.token_params == TokenParams::kByte) {
+    o.base = head_params_size_;
+    head_params_size_ += f.n_classes * sizeof(Half);
+  }
+  return o;
+}
+
+void BlockLayout::place_shared_params(Tensor t, TensorOffsets* offsets) {
+  if (tensor(t).slot_shared) {
+    offsets->token_params = total_bytes_;
+    total_bytes_ += round_up(offsets->token_group_size, kParamsAlignment);
+  }
+}
+
+std::uint32_t BlockLayout::first_slot(Tensor t, int cls) const {
+  const TensorFormat& f = tensor(t);
+  if (cls == 0) {
+    return 0;
+  }
+  return f.n_classes == 2 ? f.class0_tokens : shape_.n_tokens;
+}
+
+std::uint32_t BlockLayout::class_tokens(Tensor t, int cls) const {
+  const std::uint32_t end = cls == 0 ? first_slot(t, 1) : shape_.n_tokens;
+  return end - first_slot(t, cls);
+}
+
+std::uint32_t BlockLayout::group_channels(Tensor t) const {
+  const std::uint32_t group = tensor(t).group_channels;
+  return group == 0 ? head_dim(t) : group;
+}
+
+std::uint32_t BlockLayout::n_groups(Tensor t) const { return head_dim(t) / group_channels(t); }
+
+std::size_t BlockLayout::codes(Tensor t, std::uint32_t head, int cls, std::uint32_t group) const {
+  const TensorOffsets& o = offsets(t);
+  return head * head_codes_size_ + o.class_codes[cls] + group * o.group_codes_size[cls];
+}
+
+std::size_t BlockLayout::codes_size(Tensor t, int cls) const {
+  return offsets(t).group_codes_size[cls];
+}
+
+std::size_t BlockLayout::channel_scale_min(Tensor t, std::uint32_t head, int cls) const {
+  ZC_CHECK(tensor(t).granularity == Granularity::kChannelwise);
+  return params_begin_ + head * head_params_size_ + offsets(t).params +
+         cls * 2 * head_dim(t) * sizeof(Half);
+}
+
+std::size_t BlockLayout::channel_factor(Tensor t, std::uint32_t head) const {
+  ZC_CHECK(tensor(t).granularity == Granularity::kChannelSeparable);
+  return params_begin_ + head * head_params_size_ + offsets(t).params;
+}
+
+std::size_t BlockLayout::token_scale_min(Tensor t, std::uint32_t head, std::uint32_t group) const {
+  ZC_CHECK(tensor(t).granularity != Granularity::kChannelwise);
+  const TensorOffsets& o = offsets(t);
+  if (tensor(t).slot_shared) {
+    return o.token_params;
+  }
+  return params_begin_ + head * head_params_size_ + o.token_params + group * o.token_group_size;
+}
+
+std::size_t BlockLayout::token_base(Tensor t, std::uint32_t head) const {
+  ZC_CHECK(tensor(t).token_params == TokenParams::kByte);
+  return params_begin_ + head * head_params_size_ + offsets(t).base;
+}
+
+std::uint32_t BlockLayout::tier_tokens(std::uint32_t tier) const {
+  ZC_CHECK(tier < n_tiers_);
+  return tier_begin_[tier + 1] - tier_begin_[tier];
+}
+
+std::size_t BlockLayout::tier_plane(std::uint32_t head, std::uint32_t plane) const {
+  ZC_CHECK(plane < n_tier_planes());
+  return tiers_begin_ + (head * n_tier_planes() + plane) * tier_plane_size_;
+}
+
+}  // namespace zipcache::format

@@ -1,0 +1,152 @@
+// Reading and writing the parts of a block that are not codes: tiers and byte-sized scales.
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cstring>
+#include <vector>
+
+#include "base/check.h"
+#include "format/block.h"
+
+namespace zipcache::format {
+namespace {
+
+constexpr float kLargestHalf = 65504.0f;
+// A scale in units of its base is a float kept to 4 bits of exponent and 4 of mantissa.
+constexpr int kDroppedMantissaBits = 23 - 4;
+constexpr std::int32_t kExponentBias = (127 - 15) << 4;
+
+std::array<std::uint32_t, 4> count_tiers(const std::vector<std::uint8_t>& tiers) {
+  std::array<std::uint32_t, 4> counts{};
+  for (const std::uint8_t tier : tiers) {
+    ++counts[tier & 3];
+  }
+  return counts;
+}
+
+bool has_layouts_counts(const BlockLayout& layout, const std::vector<std::uint8_t>& tiers) {
+  const auto counts = count_tiers(tiers);
+  for (std::uint32_t tier = 0; tier < counts.size(); ++tier) {
+    if (counts[tier] != (tier < layout.n_tiers() ? layout.tier_tokens(tier) : 0)) {
+      return false;
+    }
+  }
+  return true;
+}
+
+bool all_finite(const std::byte* halves, std::size_t n) {
+  for (std::size_t h = 0; h < n; ++h) {
+    Half half;
+    std::memcpy(&half, halves + h * sizeof(Half), sizeof(Half));
+    if ((half & 0x7c00u) == 0x7c00u) {
+      return false;
+    }
+  }
+  return true;
+}
+
+bool has_finite_params(const BlockLayout& layout, const std::byte* block, Tensor t,
+                       std::uint32_t head) {
+  const TensorFormat& f = layout.tensor(t);
+  const std::size_t n_channels = layout.head_dim(t);
+  if (f.granularity == Granularity::kChannelwise) {
+    return all_finite(block + layout.channel_scale_min(t, head, 0), f.n_classes * 2 * n_channels);
+  }
+  bool finite = f.granularity != Granularity::kChannelSeparable ||
+                all_finite(block + layout.channel_factor(t, head), n_channels);
+  if (f.token_params == TokenParams::kByte) {
+    return finite && all_finite(block + layout.token_base(t, head), f.n_classes);
+  }
+  for (std::uint32_t group = 0; group < layout.n_groups(t); ++group) {
+    finite = finite && all_finite(block + layout.token_scale_min(t, head, group),
+                                  std::size_t{2} * layout.shape().n_tokens);
+  }
+  return finite;
+}
+
+}  // namespace
+
+float byte_scale(float base, std::uint8_t e) {
+  const auto bits = static_cast<std::uint32_t>(e + kExponentBias) << kDroppedMantissaBits;
+  return base * std::bit_cast<float>(bits);
+}
+
+std::uint8_t encode_byte_scale(float base, float scale) {
+  ZC_CHECK(base > 0);
+  const float units = std::min(scale / base, 2.0f);  // not finite if base is tiny
+  if (!(units > 0)) {
+    return 0;
+  }
+  const auto bits = std::bit_cast<std::uint32_t>(units);
+  const std::uint32_t odd = bits >> kDroppedMantissaBits & 1;
+  const std::uint32_t half = (1u << (kDroppedMantissaBits - 1)) - 1;
+  const auto rounded = static_cast<std::int32_t>((bits + half + odd) >> kDroppedMantissaBits);
+  return static_cast<std::uint8_t>(std::clamp(rounded - kExponentBias, 0, 255));
+}
+
+float byte_scale_base(float largest) {
+  const float base = round_to_half(std::min(largest * (16.0f / 31.0f), kLargestHalf));
+  return base > 0 ? base : 1.0f;
+}
+
+float byte_min(float scale, std::uint8_t z, int bits) {
+  const int levels = (1 << bits) - 1;
+  return 0.0f - scale * (static_cast<float>(z * levels) / 255.0f);
+}
+
+void read_tiers(const BlockLayout& layout, const std::byte* block, std::uint32_t head,
+                std::uint8_t* tiers) {
+  const std::uint32_t n_tokens = layout.shape().n_tokens;
+  std::fill_n(tiers, n_tokens, std::uint8_t{0});
+  for (std::uint32_t p = 0; p < layout.n_tier_planes(); ++p) {
+    const std::byte* plane = block + layout.tier_plane(head, p);
+    for (std::uint32_t token = 0; token < n_tokens; ++token) {
+      const unsigned bit = std::to_integer<unsigned>(plane[token / 8]) >> (token % 8) & 1u;
+      tiers[token] |= static_cast<std::uint8_t>(bit << p);
+    }
+  }
+}
+
+void write_tiers(const BlockLayout& layout, std::byte* block, std::uint32_t head,
+                 const std::uint8_t* tiers) {
+  const std::uint32_t n_tokens = layout.shape().n_tokens;
+  ZC_CHECK(std::all_of(tiers, tiers + n_tokens, [&](auto t) { return t < layout.n_tiers(); }));
+  ZC_CHECK(has_layouts_counts(layout, {tiers, tiers + n_tokens}));
+  for (std::uint32_t p = 0; p < layout.n_tier_planes(); ++p) {
+    std::byte* plane = block + layout.tier_plane(head, p);
+    std::fill_n(plane, (n_tokens + 63) / 64 * 8, std::byte{0});
+    for (std::uint32_t token = 0; token < n_tokens; ++token) {
+      plane[token / 8] |= static_cast<std::byte>((tiers[token] >> p & 1) << (token % 8));
+    }
+  }
+}
+
+void slot_order(const BlockLayout& layout, const std::byte* block, std::uint32_t head,
+                std::uint32_t* order) {
+  std::vector<std::uint8_t> tiers(layout.shape().n_tokens);
+  read_tiers(layout, block, head, tiers.data());
+  ZC_CHECK(has_layouts_counts(layout, tiers));
+  std::array<std::uint32_t, 3> next_slot{};
+  for (std::uint32_t tier = 1; tier < layout.n_tiers(); ++tier) {
+    next_slot[tier] = next_slot[tier - 1] + layout.tier_tokens(tier - 1);
+  }
+  for (std::uint32_t token = 0; token < tiers.size(); ++token) {
+    order[next_slot[tiers[token]]++] = token;
+  }
+}
+
+bool is_sound(const BlockLayout& layout, const std::byte* block) {
+  std::vector<std::uint8_t> tiers(layout.shape().n_tokens);
+  for (std::uint32_t head = 0; head < layout.shape().n_kv_heads; ++head) {
+    read_tiers(layout, block, head, tiers.data());
+    if (!has_layouts_counts(layout, tiers) ||
+        !has_finite_params(layout, block, Tensor::kKey, head) ||
+        !has_finite_params(layout, block, Tensor::kValue, head)) {
+      return false;
+    }
+  }
+  return true;
+}
+
+}  // namespace zipcache::format

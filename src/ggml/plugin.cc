@@ -1,0 +1,52 @@
+// The two symbols that ggml looks up in a backend library. Struct layouts of ggml's backend
+// interface may change with its minor version, so another one than we were built with is refused.
+
+#include <exception>
+#include <string>
+#include <string_view>
+
+#include "ggml-backend-impl.h"
+#include "ggml.h"
+#include "ggml/log.h"
+#include "ggml/registry.h"
+
+namespace {
+
+constexpr std::string_view kGgmlVersion = ZIPCACHE_GGML_VERSION;  // "0.25.3": built with
+
+// "0.25" of "0.25.3-dev"
+std::string_view minor_version(std::string_view version) {
+  return version.substr(0, version.find('.', version.find('.') + 1));
+}
+
+bool is_version_supported() {
+  return minor_version(ggml_version()) == minor_version(kGgmlVersion);
+}
+
+}  // namespace
+
+extern "C" {
+
+GGML_BACKEND_API int ggml_backend_score(void) { return 1; }
+
+// nullptr when the plug-in can't be used, after a line that says why; the host goes on without.
+GGML_BACKEND_API ggml_backend_reg_t ggml_backend_init(void) {
+  if (!is_version_supported()) {
+    zipcache::ggml::log_error("built for ggml " + std::string(minor_version(kGgmlVersion)) +
+                              ".x, found ggml " + ggml_version() +
+                              "; build ZipCache against this llama.cpp (ZIPCACHE_LLAMA_DIR)");
+    return nullptr;
+  }
+  try {
+    const auto registry = zipcache::ggml::make_registry();
+    if (registry) {
+      return *registry;
+    }
+    zipcache::ggml::log_error(registry.error().message);
+  } catch (const std::exception& error) {
+    zipcache::ggml::log_error(error.what());
+  }
+  return nullptr;
+}
+
+}  // extern "C"

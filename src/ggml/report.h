@@ -1,0 +1,22 @@
+// What the KV caches of this process hold: JSON on request, and one table when the last of them is
+// freed. A table made then would often be empty, so the last bytes before a clear are remembered.
+//
+// Locks: this module's before a buffer's.
+#pragma once
+
+#include <string>
+
+namespace zipcache::ggml {
+
+class KvBuffer;
+
+void report_opened(KvBuffer* buffer);
+void report_clearing(KvBuffer* buffer);  // about to be cleared
+void report_closed(KvBuffer* buffer);    // about to be freed
+
+// {"policy", "bytes": {"codes", "params", "masks", "staging", "slack", "total"}, "fp16_bytes",
+//  "ratio", "bits_per_element", "live_tokens", "sealed_share", "isa", "version"} of all KV caches
+// alive now; of those freed last when there are none.
+std::string report_json();
+
+}  // namespace zipcache::ggml

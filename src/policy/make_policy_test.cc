@@ -1,0 +1,357 @@
+#include <gtest/gtest.h>
+
+#include <set>
+
+#include "policy/policy.h"
+
+namespace zipcache::policy {
+namespace {
+
+using format::Granularity;
+using format::TokenParams;
+using saliency::Metric;
+using saliency::ProbeRule;
+using Settings = std::map<std::string, std::string>;
+using Bits = std::array<std::uint8_t, 2>;
+using Clip = std::array<float, 2>;
+
+Policy policy_of(const Settings& settings) {
+  const Expected<Policy> policy = make_policy(settings);
+  if (!policy) {
+    ADD_FAILURE() << policy.error().message;
+    return {};
+  }
+  return *policy;
+}
+
+std::string error_of(const Settings& settings) {
+  const Expected<Policy> policy = make_policy(settings);
+  if (policy) {
+    return "no error: " + describe(*policy);
+  }
+  EXPECT_EQ(policy.error().code, ErrorCode::kInvalidArgument);
+  return policy.error().message;
+}
+
+TEST(MakePolicy, DefaultMode) {
+  const Policy policy = policy_of({});
+  EXPECT_EQ(policy.kind, Kind::kZipcache);
+  EXPECT_EQ(policy.mode, Mode::kDefault);
+  EXPECT_TRUE(policy.seals());
+
+  EXPECT_EQ(policy.key.granularity, Granularity::kChannelwise);
+  EXPECT_EQ(policy.key.token_params, TokenParams::kHalf);  // the only ones that a channelwise K has
+  EXPECT_EQ(policy.key.n_classes, 2);
+  EXPECT_EQ(policy.key.bits, (Bits{4, 3}));
+  EXPECT_EQ(policy.key.salient_bp, 3000u);
+  EXPECT_EQ(policy.key.class_multiple, 16u);
+  EXPECT_EQ(policy.key.rules.clip, (Clip{1.0f, 0.9f}));
+  EXPECT_EQ(policy.key.rules.rounding, quant::Rounding::kFloatMin);
+
+  EXPECT_EQ(policy.value.granularity, Granularity::kChannelSeparable);
+  EXPECT_EQ(policy.value.token_params, TokenParams::kByte);
+  EXPECT_FALSE(policy.value.slot_shared);
+  EXPECT_EQ(policy.value.group_channels, 0);
+  EXPECT_EQ(policy.value.n_classes, 2);
+  EXPECT_EQ(policy.value.bits, (Bits{3, 2}));
+  EXPECT_EQ(policy.value.salient_bp, 5000u);
+  EXPECT_EQ(policy.value.class_multiple, 32u);
+  EXPECT_EQ(policy.value.rules.clip, (Clip{1.0f, 0.75f}));
+  EXPECT_EQ(policy.value.rules.rounding, quant::Rounding::kFloatMin);
+
+  EXPECT_EQ(policy.sink_tokens, 4u);
+  EXPECT_EQ(policy.hold_tokens, 28u);
+  EXPECT_EQ(policy.seal_tokens, 64u);
+  EXPECT_EQ(policy.seal_multiple, 32u);
+  EXPECT_EQ(policy.block_tokens, 256u);
+  EXPECT_FALSE(policy.requantize_all);
+  EXPECT_EQ(policy.metric, Metric::kNormalized);
+  EXPECT_EQ(policy.probes, ProbeRule::kDefault);
+  EXPECT_EQ(policy.seed, 0u);
+}
+
+TEST(MakePolicy, PublishedModes) {
+  for (const Mode mode : {Mode::kPaper, Mode::kOfficial}) {
+    const bool paper = mode == Mode::kPaper;
+    const Policy policy = policy_of({{"mode", paper ? "paper" : "official"}});
+    SCOPED_TRACE(describe(policy));
+    EXPECT_EQ(policy.kind, Kind::kZipcache);
+    EXPECT_EQ(policy.mode, mode);
+    for (const TensorPolicy* tensor : {&policy.key, &policy.value}) {
+      EXPECT_EQ(tensor->token_params, TokenParams::kHalf);
+      EXPECT_EQ(tensor->n_classes, 2);
+      EXPECT_EQ(tensor->bits, (Bits{4, 2}));
+      EXPECT_EQ(tensor->salient_bp, 6000u);
+      EXPECT_EQ(tensor->class_multiple, 1u);
+      EXPECT_EQ(tensor->rules.clip, (Clip{1.0f, 1.0f}));
+      EXPECT_EQ(tensor->rules.rounding,
+                paper ? quant::Rounding::kIntegerOffset : quant::Rounding::kFloatMin);
+    }
+    EXPECT_EQ(policy.key.granularity, Granularity::kChannelwise);
+    EXPECT_FALSE(policy.key.slot_shared);
+    EXPECT_EQ(policy.value.granularity, Granularity::kChannelSeparable);
+    EXPECT_TRUE(policy.value.slot_shared);
+    EXPECT_EQ(policy.sink_tokens, 0u);
+    EXPECT_EQ(policy.hold_tokens, 0u);
+    EXPECT_EQ(policy.seal_tokens, 100u);
+    EXPECT_EQ(policy.seal_multiple, 1u);
+    EXPECT_EQ(policy.block_tokens, 0u);
+    EXPECT_EQ(policy.requantize_all, !paper);
+    EXPECT_EQ(policy.metric, paper ? Metric::kNormalized : Metric::kOfficial);
+    EXPECT_EQ(policy.probes, paper ? ProbeRule::kDefault : ProbeRule::kOfficial);
+  }
+}
+
+TEST(MakePolicy, Uniform) {
+  const Policy policy = policy_of({{"policy", "uniform"}});
+  EXPECT_EQ(policy.kind, Kind::kUniform);
+  EXPECT_EQ(policy.mode, Mode::kDefault);
+  for (const TensorPolicy* tensor : {&policy.key, &policy.value}) {
+    EXPECT_EQ(tensor->token_params, TokenParams::kHalf);
+    EXPECT_FALSE(tensor->slot_shared);
+    EXPECT_EQ(tensor->n_classes, 1);
+    EXPECT_EQ(tensor->bits[0], 4);
+    EXPECT_EQ(tensor->rules.clip, (Clip{1.0f, 1.0f}));
+    EXPECT_EQ(tensor->rules.rounding, quant::Rounding::kFloatMin);
+  }
+  EXPECT_EQ(policy.key.granularity, Granularity::kChannelwise);
+  EXPECT_EQ(policy.value.granularity, Granularity::kChannelSeparable);
+  EXPECT_EQ(policy.sink_tokens, 0u);
+  EXPECT_EQ(policy.hold_tokens, 32u);
+  EXPECT_EQ(policy.seal_tokens, 64u);
+  EXPECT_EQ(policy.seal_multiple, 32u);
+  EXPECT_EQ(policy.block_tokens, 256u);
+}
+
+TEST(MakePolicy, UniformGranularities) {
+  struct Case {
+    const char* name;
+    Granularity key, value;
+    int group;
+  };
+  for (const auto& [name, key, value, group] :
+       {Case{"channelwise+cst", Granularity::kChannelwise, Granularity::kChannelSeparable, 0},
+        Case{"channelwise+tokenwise", Granularity::kChannelwise, Granularity::kTokenwise, 0},
+        Case{"tokenwise", Granularity::kTokenwise, Granularity::kTokenwise, 0},
+        Case{"groupwise", Granularity::kTokenwise, Granularity::kTokenwise, 32}}) {
+    const Policy policy = policy_of({{"policy", "uniform"}, {"granularity", name}});
+    EXPECT_EQ(policy.key.granularity, key) << name;
+    EXPECT_EQ(policy.value.granularity, value) << name;
+    EXPECT_EQ(policy.key.group_channels, group) << name;
+    EXPECT_EQ(policy.value.group_channels, group) << name;
+  }
+}
+
+TEST(MakePolicy, Fp16) {
+  const Policy policy = policy_of({{"policy", "fp16"}});
+  EXPECT_EQ(policy.kind, Kind::kFp16);
+  EXPECT_FALSE(policy.seals());
+  EXPECT_EQ(describe(policy), "fp16: every token exact");
+}
+
+TEST(MakePolicy, ReadsEverySetting) {
+  const Policy policy = policy_of({{"key-bits", "8,4"},
+                                   {"value-bits", "4,3"},
+                                   {"key-salient", "12.5"},
+                                   {"value-salient", "0.07"},
+                                   {"key-clip", "0.95"},
+                                   {"value-clip", "1,0.5"},
+                                   {"value-params", "half"},
+                                   {"sinks", "10"},
+                                   {"hold", "7"},
+                                   {"seal", "96"},
+                                   {"block", "512"},
+                                   {"metric", "accumulated"},
+                                   {"probes", "recent"},
+                                   {"seed", "18446744073709551615"}});
+  EXPECT_EQ(policy.key.bits, (Bits{8, 4}));
+  EXPECT_EQ(policy.value.bits, (Bits{4, 3}));
+  EXPECT_EQ(policy.key.salient_bp, 1250u);
+  EXPECT_EQ(policy.value.salient_bp, 7u);
+  EXPECT_EQ(policy.key.rules.clip, (Clip{0.95f, 0.95f}));
+  EXPECT_EQ(policy.value.rules.clip, (Clip{1.0f, 0.5f}));
+  EXPECT_EQ(policy.value.token_params, TokenParams::kHalf);
+  EXPECT_FALSE(policy.value.slot_shared);
+  EXPECT_EQ(policy.sink_tokens, 10u);
+  EXPECT_EQ(policy.hold_tokens, 7u);
+  EXPECT_EQ(policy.seal_tokens, 96u);
+  EXPECT_EQ(policy.block_tokens, 512u);
+  EXPECT_EQ(policy.metric, Metric::kAccumulated);
+  EXPECT_EQ(policy.probes, ProbeRule::kRecent);
+  EXPECT_EQ(policy.seed, ~std::uint64_t{0});
+}
+
+TEST(MakePolicy, OneWidthIsOneClass) {
+  const Policy policy = policy_of({{"key-bits", "3"}});
+  EXPECT_EQ(policy.key.n_classes, 1);
+  EXPECT_EQ(policy.key.bits[0], 3);
+  EXPECT_EQ(policy.key.salient_bp, 10000u);
+  EXPECT_EQ(policy.value.n_classes, 2);
+}
+
+TEST(MakePolicy, ClippingFollowsTheWidthInDefaultModeOnly) {
+  EXPECT_EQ(policy_of({{"key-bits", "4,2"}}).key.rules.clip, (Clip{1.0f, 0.7f}));
+  EXPECT_EQ(policy_of({{"key-bits", "3"}}).key.rules.clip[0], 0.9f);
+  EXPECT_EQ(policy_of({{"value-bits", "8,4"}}).value.rules.clip, (Clip{1.0f, 1.0f}));
+  EXPECT_EQ(policy_of({{"mode", "paper"}, {"key-bits", "3,2"}}).key.rules.clip, (Clip{1.0f, 1.0f}));
+  EXPECT_EQ(policy_of({{"policy", "uniform"}, {"key-bits", "2"}}).key.rules.clip[0], 1.0f);
+}
+
+TEST(MakePolicy, HeldTokensFillUpTheSinks) {
+  EXPECT_EQ(policy_of({{"sinks", "0"}}).hold_tokens, 32u);
+  EXPECT_EQ(policy_of({{"sinks", "33"}}).hold_tokens, 31u);
+  EXPECT_EQ(policy_of({{"sinks", "0"}, {"hold", "0"}}).hold_tokens, 0u);
+  EXPECT_EQ(policy_of({{"mode", "paper"}, {"sinks", "4"}}).hold_tokens, 0u);
+}
+
+TEST(MakePolicyErrors, UnknownSettings) {
+  EXPECT_EQ(error_of({{"key-bitz", "4"}})
+                .find("unknown setting 'key-bitz'; did you mean "
+                      "'key-bits'? known: policy, mode, key-bits, "),
+            0u);
+  EXPECT_EQ(error_of({{"KEY_BITS", "4"}}).find("unknown setting 'KEY_BITS'; known: "), 0u);
+  EXPECT_EQ(error_of({{"x", "4"}}).find("unknown setting 'x'; known: "), 0u);
+  EXPECT_EQ(error_of({{"", "4"}}).find("unknown setting ''; known: "), 0u);
+  EXPECT_EQ(error_of({{"policy", "bad"}, {"sink", "1"}}).find("unknown setting 'sink'; did"), 0u);
+}
+
+TEST(MakePolicyErrors, Choices) {
+  EXPECT_EQ(error_of({{"policy", "kivi"}}),
+            "policy: found 'kivi', accepted: fp16, uniform, zipcache");
+  EXPECT_EQ(error_of({{"mode", ""}}), "mode: found '', accepted: default, paper, official");
+  EXPECT_EQ(error_of({{"metric", "Normalized"}}),
+            "metric: found 'Normalized', accepted: normalized, accumulated, official, random, "
+            "locality");
+  EXPECT_EQ(error_of({{"probes", "some"}}),
+            "probes: found 'some', accepted: default, official, all, recent, random, last");
+  EXPECT_EQ(error_of({{"value-params", "float"}}),
+            "value-params: found 'float', accepted: byte, half");
+  EXPECT_EQ(error_of({{"policy", "uniform"}, {"granularity", "cst"}}),
+            "granularity: found 'cst', accepted: channelwise+cst, channelwise+tokenwise, "
+            "tokenwise, groupwise");
+}
+
+TEST(MakePolicyErrors, Bits) {
+  for (const char* text : {"5", "", "4,", ",4", "4,5", "4,3,2", "4 ", "4;3", "-4", "260", "0"}) {
+    EXPECT_EQ(error_of({{"key-bits", text}}),
+              "key-bits: found '" + std::string(text) +
+                  "', accepted widths are 2, 3, 4, 8 as HI or HI,LO");
+  }
+  EXPECT_EQ(error_of({{"value-bits", "2,4"}}),
+            "value-bits: found '2,4', but salient tokens (HI) can't have fewer bits than the "
+            "others (LO)");
+  EXPECT_EQ(error_of({{"policy", "uniform"}, {"value-bits", "4,2"}}),
+            "value-bits: found '4,2', accepted widths are 2, 3, 4, 8; one for all tokens");
+}
+
+TEST(MakePolicyErrors, Numbers) {
+  for (const char* text : {"101", "100.01", "-1", "30%", "1.234", "1.", ".5", "", "1e1", "nan"}) {
+    EXPECT_EQ(error_of({{"key-salient", text}}),
+              "key-salient: found '" + std::string(text) +
+                  "', accepted: percent from 0 to 100 with up to two decimals");
+  }
+  for (const char* text : {"0", "1.01", "-0.5", "nan", "inf", "", "0.9,", "1,0.9,0.8", "1 0.9"}) {
+    EXPECT_EQ(error_of({{"value-clip", text}}),
+              "value-clip: found '" + std::string(text) +
+                  "', accepted: fractions above 0 and up to 1 as HI,LO or one for both");
+  }
+  EXPECT_EQ(error_of({{"key-bits", "3"}, {"key-clip", "1,0.9"}}),
+            "key-clip: found '1,0.9', accepted: one fraction above 0 and up to 1");
+  EXPECT_EQ(error_of({{"seed", "-1"}}),
+            "seed: found '-1', accepted: a whole number from 0 to 18446744073709551615");
+  EXPECT_EQ(error_of({{"sinks", "4097"}}), "sinks: found '4097', accepted: 0..4096");
+  EXPECT_EQ(error_of({{"hold", "65537"}}), "hold: found '65537', accepted: 0..65536");
+  EXPECT_EQ(error_of({{"seal", "50"}}), "seal: found '50', accepted: 32..65536 in steps of 32");
+  EXPECT_EQ(error_of({{"seal", "0"}}), "seal: found '0', accepted: 32..65536 in steps of 32");
+  EXPECT_EQ(error_of({{"seal", "99999999999"}}),
+            "seal: found '99999999999', accepted: 32..65536 in steps of 32");
+  EXPECT_EQ(error_of({{"mode", "paper"}, {"seal", "15"}}), "seal: found '15', accepted: 16..65536");
+  EXPECT_EQ(error_of({{"block", "100"}}),
+            "block: found '100', accepted: 0 or 32..65536 in steps of 32");
+  EXPECT_EQ(error_of({{"policy", "uniform"}, {"granularity", "groupwise"}, {"group", "40"}}),
+            "group: found '40', accepted: 16..512 in steps of 16");
+}
+
+TEST(MakePolicyErrors, SettingsThatDoNotApply) {
+  EXPECT_EQ(error_of({{"policy", "fp16"}, {"key-salient", "30"}}),
+            "key-salient: does not apply to policy 'fp16', which takes policy");
+  EXPECT_EQ(error_of({{"granularity", "tokenwise"}})
+                .find("granularity: does not apply to policy 'zipcache', which takes policy, mode"),
+            0u);
+  EXPECT_EQ(error_of({{"policy", "uniform"}, {"mode", "paper"}})
+                .find("mode: does not apply to policy 'uniform', which takes policy, key-bits"),
+            0u);
+  EXPECT_EQ(error_of({{"policy", "uniform"}, {"group", "32"}}),
+            "group: found '32', but only granularity 'groupwise' has groups");
+  EXPECT_EQ(error_of({{"value-bits", "3"}, {"value-salient", "50"}}),
+            "value-salient: found '50', but value-bits gives all tokens the same width");
+  EXPECT_EQ(error_of({{"mode", "paper"}, {"value-params", "byte"}}),
+            "value-params: found 'byte', but mode 'paper' shares them over the heads, which takes "
+            "'half'");
+}
+
+TEST(MakePolicyErrors, AreOneLine) {
+  EXPECT_EQ(error_of({{"seed", "1\n2\x7f"}}),
+            "seed: found '1?2?', accepted: a whole number from 0 to 18446744073709551615");
+  EXPECT_EQ(error_of({{"a\r\nb", "1"}}).find("unknown setting 'a??b'; known: "), 0u);
+}
+
+// Every setting answers a malformed value under its own name.
+TEST(SettingHelp, NamesEverySettingOnce) {
+  std::set<std::string> names;
+  for (const SettingHelp& help : setting_help()) {
+    EXPECT_TRUE(names.insert(help.name).second) << help.name;
+    EXPECT_FALSE(help.values.empty());
+    EXPECT_FALSE(help.help.empty());
+    const std::string error = error_of({{help.name, "no such value"}});
+    EXPECT_EQ(error.find(help.name + ": "), 0u) << error;
+  }
+  EXPECT_EQ(names, (std::set<std::string>{"policy", "mode", "key-bits", "value-bits", "key-salient",
+                                          "value-salient", "key-clip", "value-clip", "granularity",
+                                          "group", "value-params", "sinks", "hold", "seal", "block",
+                                          "metric", "probes", "seed"}));
+}
+
+TEST(Describe, OneLine) {
+  EXPECT_EQ(describe(policy_of({})),
+            "zipcache default: K channelwise 4/3 bits (30 % salient, clip 1/0.9), V "
+            "channel-separable 3/2 bits (50 % salient, clip 1/0.75, byte params); 4 sinks, hold "
+            "28, seal 64 in blocks of 256; metric normalized, probes default, seed 0");
+  EXPECT_EQ(describe(policy_of({{"policy", "uniform"}, {"granularity", "groupwise"}})),
+            "uniform: K tokenwise by 32 4 bits (clip 1, half params), V tokenwise by 32 4 bits "
+            "(clip 1, half params); 0 sinks, hold 32, seal 64 in blocks of 256");
+}
+
+TEST(ToSettings, MakesTheSamePolicyAgain) {
+  const std::vector<Settings> all_settings = {
+      {},
+      {{"policy", "fp16"}},
+      {{"policy", "uniform"}},
+      {{"policy", "uniform"}, {"granularity", "channelwise+tokenwise"}, {"value-params", "byte"}},
+      {{"policy", "uniform"}, {"granularity", "tokenwise"}, {"key-clip", "0.3"}},
+      {{"policy", "uniform"}, {"granularity", "groupwise"}, {"group", "64"}, {"key-bits", "8"}},
+      {{"mode", "paper"}},
+      {{"mode", "official"}, {"seal", "50"}, {"block", "1000"}},
+      {{"key-bits", "3"}, {"value-salient", "33.33"}, {"metric", "random"}, {"seed", "77"}},
+      {{"key-salient", "0.1"}, {"value-salient", "99.05"}, {"probes", "last"}, {"sinks", "8"}},
+  };
+  std::set<std::string> lines;
+  for (const Settings& settings : all_settings) {
+    const Policy policy = policy_of(settings);
+    const Settings complete = to_settings(policy);
+    const Policy again = policy_of(complete);
+    EXPECT_EQ(describe(again), describe(policy));
+    EXPECT_EQ(to_settings(again), complete);
+    EXPECT_EQ(again.key.salient_bp, policy.key.salient_bp);
+    EXPECT_EQ(again.value.salient_bp, policy.value.salient_bp);
+    EXPECT_EQ(again.key.class_multiple, policy.key.class_multiple);
+    EXPECT_EQ(again.seal_multiple, policy.seal_multiple);
+    for (const auto& [name, text] : settings) {
+      EXPECT_EQ(complete.at(name), text) << name;
+    }
+    EXPECT_TRUE(lines.insert(describe(policy)).second) << describe(policy);
+  }
+}
+
+}  // namespace
+}  // namespace zipcache::policy

@@ -1,0 +1,96 @@
+// What a cache does with its tokens: which are sealed when, into which classes, at which precision.
+// A Policy is plain data; make_policy() builds a checked one from the user's settings.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "base/expected.h"
+#include "format/block.h"
+#include "quant/block_codec.h"
+#include "saliency/probes.h"
+#include "saliency/ranking.h"
+
+namespace zipcache::policy {
+
+enum class Kind : std::uint8_t { kFp16, kUniform, kZipcache };
+enum class Mode : std::uint8_t { kDefault, kPaper, kOfficial };
+
+struct TensorPolicy {
+  format::Granularity granularity = format::Granularity::kChannelwise;
+  format::TokenParams token_params = format::TokenParams::kHalf;
+  bool slot_shared = false;
+  std::uint16_t group_channels = 0;  // 0 = head_dim
+  std::uint8_t n_classes = 1;
+  std::array<std::uint8_t, 2> bits{4, 2};
+  std::uint32_t salient_bp = 10000;  // share of tokens in class 0, basis points
+  std::uint32_t class_multiple = 1;  // class 0 counts are rounded to this
+  quant::TensorRules rules;
+};
+
+struct Policy {
+  Kind kind = Kind::kZipcache;
+  Mode mode = Mode::kDefault;
+  TensorPolicy key;
+  TensorPolicy value;
+
+  // When tokens are sealed. Of each sequence the first `sink_tokens` never are, the newest
+  // `hold_tokens` not yet; the others are once at least `seal_tokens` of them are staged (in modes
+  // paper and official also whenever a prefill chunk ends), in multiples of `seal_multiple`, in
+  // blocks of at most `block_tokens` (0 = one block).
+  std::uint32_t sink_tokens = 4;
+  std::uint32_t hold_tokens = 28;
+  std::uint32_t seal_tokens = 64;
+  std::uint32_t seal_multiple = 32;
+  std::uint32_t block_tokens = 256;
+  // `official`: whenever tokens are sealed, every sealed token of the sequence is quantized anew
+  // with them, its class kept.
+  bool requantize_all = false;
+
+  saliency::Metric metric = saliency::Metric::kNormalized;
+  saliency::ProbeRule probes = saliency::ProbeRule::kDefault;
+  std::uint64_t seed = 0;
+
+  bool seals() const { return kind != Kind::kFp16; }
+};
+
+// The setting names, each with its accepted values and a line of help: the source of the table in
+// docs and of `zipcache run --help`.
+struct SettingHelp {
+  std::string name;    // e.g. "key-bits"; the environment variable is ZIPCACHE_KEY_BITS
+  std::string values;  // e.g. "HI,LO or one width of 2, 3, 4, 8"
+  std::string help;    // what it does and its default per mode
+};
+const std::vector<SettingHelp>& setting_help();
+
+// Builds a policy from settings (names as in setting_help(), without the ZIPCACHE_ prefix, lower
+// case, '-' between words). Unknown names, malformed values and impossible combinations are errors
+// that name the setting, what was found and what is accepted. A setting that the chosen policy
+// does not use is an error too.
+Expected<Policy> make_policy(const std::map<std::string, std::string>& settings);
+
+// Every setting that applies to a policy of make_policy(), defaults included, so that
+// make_policy(to_settings(policy)) is the same policy: what a result file records.
+std::map<std::string, std::string> to_settings(const Policy& policy);
+
+// One line for logs: "zipcache default: K channelwise 4/3 bits (30 % salient, clip 1/0.9), V ..."
+std::string describe(const Policy& policy);
+
+// Shape of the block that seals n_tokens under this policy. Whether the head dimensions suit it
+// (a channel group must divide them) is for BlockLayout::is_valid() to say.
+// REQUIRES: policy.seals().
+format::BlockShape block_shape(const Policy& policy, std::uint32_t n_tokens,
+                               std::uint32_t n_kv_heads, std::uint32_t key_dim,
+                               std::uint32_t value_dim);
+
+// Of `n_sealable` staged tokens of a sequence (sinks and held ones not counted), how many to seal
+// after a step that added `n_new` tokens to it, as block sizes in order, oldest tokens first; empty
+// when it is too early. In modes paper and official n_new > 1 is a prefill chunk, which seals
+// everything, and n_new == 1 a decode step; the other policies do not look at n_new.
+std::vector<std::uint32_t> plan_seal(const Policy& policy, std::uint32_t n_sealable,
+                                     std::uint32_t n_new);
+
+}  // namespace zipcache::policy

@@ -1,0 +1,156 @@
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <numeric>
+
+#include "base/check.h"
+#include "policy/policy.h"
+
+namespace zipcache::policy {
+namespace {
+
+using Blocks = std::vector<std::uint32_t>;
+
+Policy policy_of(const std::map<std::string, std::string>& settings) {
+  return make_policy(settings).value();
+}
+
+TEST(PlanSeal, DefaultSealsEvenBlocksOldestFirst) {
+  const Policy policy = policy_of({});
+  EXPECT_EQ(plan_seal(policy, 0, 1), Blocks{});
+  EXPECT_EQ(plan_seal(policy, 63, 1), Blocks{});
+  EXPECT_EQ(plan_seal(policy, 64, 1), (Blocks{64}));
+  EXPECT_EQ(plan_seal(policy, 95, 1), (Blocks{64}));
+  EXPECT_EQ(plan_seal(policy, 96, 1), (Blocks{96}));
+  EXPECT_EQ(plan_seal(policy, 256, 256), (Blocks{256}));
+  EXPECT_EQ(plan_seal(policy, 288, 288), (Blocks{160, 128}));
+  EXPECT_EQ(plan_seal(policy, 480, 480), (Blocks{256, 224}));
+  EXPECT_EQ(plan_seal(policy, 2016, 2048), (Blocks{256, 256, 256, 256, 256, 256, 256, 224}));
+}
+
+TEST(PlanSeal, Fp16NeverSeals) {
+  EXPECT_EQ(plan_seal(policy_of({{"policy", "fp16"}}), 100000, 100000), Blocks{});
+}
+
+TEST(PlanSeal, PublishedModesSealAPrefillWholeAndDecodeByTheHundred) {
+  for (const char* mode : {"paper", "official"}) {
+    const Policy policy = policy_of({{"mode", mode}});
+    EXPECT_EQ(plan_seal(policy, 840, 840), (Blocks{840}));
+    EXPECT_EQ(plan_seal(policy, 40000, 40000), (Blocks{40000}));
+    EXPECT_EQ(plan_seal(policy, 7, 7), (Blocks{7}));
+    EXPECT_EQ(plan_seal(policy, 0, 7), Blocks{});
+    EXPECT_EQ(plan_seal(policy, 1, 1), Blocks{});
+    EXPECT_EQ(plan_seal(policy, 99, 1), Blocks{});
+    EXPECT_EQ(plan_seal(policy, 100, 1), (Blocks{100}));
+  }
+}
+
+TEST(PlanSeal, NewTokensMatterInPublishedModesOnly) {
+  for (const char* kind : {"uniform", "zipcache"}) {
+    const Policy policy = policy_of({{"policy", kind}});
+    for (std::uint32_t n_sealable = 0; n_sealable <= 1000; ++n_sealable) {
+      EXPECT_EQ(plan_seal(policy, n_sealable, 1), plan_seal(policy, n_sealable, n_sealable));
+    }
+  }
+}
+
+TEST(PlanSeal, Properties) {
+  const std::vector<std::map<std::string, std::string>> all_settings = {
+      {},
+      {{"policy", "uniform"}},
+      {{"block", "32"}},
+      {{"block", "96"}, {"seal", "160"}},
+      {{"block", "0"}},
+      {{"mode", "paper"}},
+      {{"mode", "official"}, {"block", "77"}, {"seal", "16"}},
+  };
+  for (const auto& settings : all_settings) {
+    const Policy policy = policy_of(settings);
+    SCOPED_TRACE(describe(policy));
+    for (std::uint32_t n_sealable = 0; n_sealable <= 1000; ++n_sealable) {
+      const Blocks blocks = plan_seal(policy, n_sealable, 1);
+      const std::uint32_t sum = std::accumulate(blocks.begin(), blocks.end(), 0u);
+      const std::uint32_t floor = n_sealable / policy.seal_multiple * policy.seal_multiple;
+      ASSERT_EQ(sum, n_sealable < policy.seal_tokens ? 0 : floor) << n_sealable;
+      if (blocks.empty()) {
+        continue;
+      }
+      EXPECT_TRUE(std::is_sorted(blocks.rbegin(), blocks.rend()));
+      EXPECT_LE(blocks.front() - blocks.back(), policy.seal_multiple);
+      EXPECT_GT(blocks.back(), 0u);
+      for (const std::uint32_t block : blocks) {
+        EXPECT_EQ(block % policy.seal_multiple, 0u);
+      }
+      if (policy.block_tokens == 0) {
+        EXPECT_EQ(blocks.size(), 1u);
+      } else {
+        EXPECT_LE(blocks.front(), policy.block_tokens);
+        EXPECT_EQ(blocks.size(), (sum + policy.block_tokens - 1) / policy.block_tokens);
+      }
+    }
+  }
+}
+
+TEST(BlockShape, DefaultRoundsClassesToWholeLanes) {
+  const format::BlockShape shape = block_shape(policy_of({}), 256, 3, 64, 128);
+  EXPECT_EQ(shape.n_tokens, 256u);
+  EXPECT_EQ(shape.n_kv_heads, 3u);
+  EXPECT_EQ(shape.key_dim, 64u);
+  EXPECT_EQ(shape.value_dim, 128u);
+  EXPECT_EQ(shape.key, (format::TensorFormat{.granularity = format::Granularity::kChannelwise,
+                                             .n_classes = 2,
+                                             .bits = {4, 3},
+                                             .class0_tokens = 80}));
+  EXPECT_EQ(shape.value,
+            (format::TensorFormat{.granularity = format::Granularity::kChannelSeparable,
+                                  .token_params = format::TokenParams::kByte,
+                                  .n_classes = 2,
+                                  .bits = {3, 2},
+                                  .class0_tokens = 128}));
+}
+
+TEST(BlockShape, DefaultClassesAreMultiplesInEveryBlockThatIsPlanned) {
+  const Policy policy = policy_of({});
+  for (std::uint32_t n_tokens = 32; n_tokens <= 256; n_tokens += 32) {
+    const format::BlockShape shape = block_shape(policy, n_tokens, 3, 64, 64);
+    EXPECT_EQ(shape.key.class0_tokens % 16, 0u);
+    EXPECT_EQ(shape.value.class0_tokens % 32, 0u);
+    EXPECT_LE(shape.value.class0_tokens, n_tokens);
+  }
+}
+
+TEST(BlockShape, PublishedModesCountExactly) {
+  for (const char* mode : {"paper", "official"}) {
+    const Policy policy = policy_of({{"mode", mode}});
+    for (const auto& [n_tokens, salient] :
+         std::map<std::uint32_t, std::uint32_t>{{840, 504}, {100, 60}, {21, 13}, {20, 12}}) {
+      const format::BlockShape shape = block_shape(policy, n_tokens, 8, 128, 128);
+      EXPECT_EQ(shape.key.class0_tokens, salient);
+      EXPECT_EQ(shape.value.class0_tokens, salient);
+      EXPECT_TRUE(shape.value.slot_shared);
+    }
+    for (const std::uint32_t n_tokens : {1u, 2u, 19u}) {  // too few to rank: all salient
+      const format::BlockShape shape = block_shape(policy, n_tokens, 8, 128, 128);
+      EXPECT_EQ(shape.key.class0_tokens, n_tokens);
+      EXPECT_EQ(shape.value.class0_tokens, n_tokens);
+    }
+  }
+}
+
+TEST(BlockShape, UniformHasOneClass) {
+  const Policy policy =
+      policy_of({{"policy", "uniform"}, {"granularity", "groupwise"}, {"group", "16"}});
+  const format::BlockShape shape = block_shape(policy, 256, 3, 64, 64);
+  EXPECT_EQ(shape.key, shape.value);
+  EXPECT_EQ(shape.key, (format::TensorFormat{.granularity = format::Granularity::kTokenwise,
+                                             .group_channels = 16,
+                                             .n_classes = 1,
+                                             .bits = {4, 4}}));
+}
+
+TEST(BlockShape, Fp16HasNone) {
+  EXPECT_THROW(block_shape(policy_of({{"policy", "fp16"}}), 256, 3, 64, 64), ContractViolation);
+}
+
+}  // namespace
+}  // namespace zipcache::policy

@@ -1,0 +1,314 @@
+#include "policy/settings.h"
+
+#include <algorithm>
+#include <charconv>
+#include <numeric>
+
+namespace zipcache::policy {
+namespace {
+
+constexpr std::string_view kWidths = "2, 3, 4, 8";
+
+// User text inside a message; control characters would break its one line.
+std::string quoted(std::string_view text) {
+  std::string printable(text);
+  std::replace_if(
+      printable.begin(), printable.end(),
+      [](char c) { return static_cast<unsigned char>(c) < 0x20 || c == 0x7f; }, '?');
+  return "'" + printable + "'";
+}
+
+// The whole of `text` as a number, or nothing.
+template <typename T>
+std::optional<T> parse_number(std::string_view text) {
+  T number{};
+  const char* end = text.data() + text.size();
+  const auto [stop, code] = std::from_chars(text.data(), end, number);
+  if (code != std::errc{} || stop != end) {
+    return std::nullopt;
+  }
+  return number;
+}
+
+// The comma-separated numbers of `text`, or nothing if one is malformed.
+template <typename T>
+std::optional<std::vector<T>> parse_list(std::string_view text) {
+  std::vector<T> numbers;
+  for (;;) {
+    const std::size_t comma = text.find(',');
+    const std::optional<T> number = parse_number<T>(text.substr(0, comma));
+    if (!number) {
+      return std::nullopt;
+    }
+    numbers.push_back(*number);
+    if (comma == std::string_view::npos) {
+      return numbers;
+    }
+    text.remove_prefix(comma + 1);
+  }
+}
+
+// "30" -> 3000, "12.5" -> 1250; nothing if malformed, over 100 or finer than 0.01.
+std::optional<std::uint32_t> parse_basis_points(std::string_view text) {
+  const std::size_t point = text.find('.');
+  const std::optional<std::uint32_t> whole = parse_number<std::uint32_t>(text.substr(0, point));
+  if (!whole || *whole > 100) {
+    return std::nullopt;
+  }
+  std::uint32_t hundredths = 0;
+  if (point != std::string_view::npos) {
+    const std::string_view decimals = text.substr(point + 1);
+    const std::optional<std::uint32_t> digits = parse_number<std::uint32_t>(decimals);
+    if (!digits || decimals.size() > 2) {
+      return std::nullopt;
+    }
+    hundredths = decimals.size() == 1 ? *digits * 10 : *digits;
+  }
+  const std::uint32_t basis_points = *whole * 100 + hundredths;
+  return basis_points <= 10000 ? std::optional(basis_points) : std::nullopt;
+}
+
+// Levenshtein distance.
+std::size_t edit_distance(std::string_view a, std::string_view b) {
+  std::vector<std::size_t> row(b.size() + 1);  // distances of the prefix of `a` read so far
+  std::iota(row.begin(), row.end(), std::size_t{0});
+  for (std::size_t in_a = 1; in_a <= a.size(); ++in_a) {
+    std::size_t diagonal = row[0];
+    row[0] = in_a;
+    for (std::size_t in_b = 1; in_b <= b.size(); ++in_b) {
+      const std::size_t replaced = diagonal + (a[in_a - 1] == b[in_b - 1] ? 0 : 1);
+      diagonal = row[in_b];
+      row[in_b] = std::min({replaced, row[in_b] + 1, row[in_b - 1] + 1});
+    }
+  }
+  return row.back();
+}
+
+bool is_known(std::string_view name) {
+  return std::any_of(setting_specs().begin(), setting_specs().end(),
+                     [name](const SettingSpec& spec) { return spec.help.name == name; });
+}
+
+// The known name most like `name`; empty if none is near enough to be meant.
+std::string nearest_setting(std::string_view name) {
+  constexpr std::size_t kMaxDistance = 3;
+  std::string nearest;
+  std::size_t least = std::min(kMaxDistance + 1, name.size());
+  for (const SettingSpec& spec : setting_specs()) {
+    const std::size_t distance = edit_distance(name, spec.help.name);
+    if (distance < least) {
+      least = distance;
+      nearest = spec.help.name;
+    }
+  }
+  return nearest;
+}
+
+// Names of all settings, or of those that apply to one kind.
+std::string list_settings(std::optional<Kind> kind) {
+  std::string list;
+  for (const SettingSpec& spec : setting_specs()) {
+    if (!kind || spec.applies_to(*kind)) {
+      list += (list.empty() ? "" : ", ") + spec.help.name;
+    }
+  }
+  return list;
+}
+
+}  // namespace
+
+bool SettingSpec::applies_to(Kind kind) const {
+  return std::find(kinds.begin(), kinds.end(), kind) != kinds.end();
+}
+
+const std::vector<SettingSpec>& setting_specs() {
+  constexpr Kind kF = Kind::kFp16, kU = Kind::kUniform, kZ = Kind::kZipcache;
+  static const std::vector<SettingSpec> specs = {
+      {{"policy", "fp16, uniform, zipcache",
+        "what the cache does: keep FP16, one width for all tokens, or more bits for salient tokens "
+        "(default zipcache)"},
+       {kF, kU, kZ}},
+      {{"mode", "default, paper, official",
+        "where the defaults come from: measured here, the paper, or the published code (default "
+        "default)"},
+       {kZ}},
+      {{"key-bits", "HI,LO or one width, of 2, 3, 4, 8",
+        "bits of salient and of other keys (default 4,3; paper and official 4,2; uniform 4)"},
+       {kU, kZ}},
+      {{"value-bits", "HI,LO or one width, of 2, 3, 4, 8",
+        "bits of salient and of other values (default 3,2; paper and official 4,2; uniform 4)"},
+       {kU, kZ}},
+      {{"key-salient", "0..100 percent, two decimals",
+        "share of the tokens whose keys are salient (default 30; paper and official 60)"},
+       {kZ}},
+      {{"value-salient", "0..100 percent, two decimals",
+        "share of the tokens whose values are salient (default 50; paper and official 60)"},
+       {kZ}},
+      {{"key-clip", "HI,LO or one fraction, above 0 up to 1",
+        "range kept of each key channel (default 1, but 0.9 for 3 bits and 0.7 for 2; paper, "
+        "official and uniform 1)"},
+       {kU, kZ}},
+      {{"value-clip", "HI,LO or one fraction, above 0 up to 1",
+        "range kept of each value token (default 1, but 0.75 for 2 bits; paper, official and "
+        "uniform 1)"},
+       {kU, kZ}},
+      {{"granularity", "channelwise+cst, channelwise+tokenwise, tokenwise, groupwise",
+        "what shares a scale, for keys and for values (default channelwise+cst)"},
+       {kU}},
+      {{"group", "16..512 in steps of 16",
+        "channels of a token that share a scale, with granularity groupwise (default 32)"},
+       {kU}},
+      {{"value-params", "byte, half",
+        "how a value token's scale and minimum are stored (default byte; paper, official and "
+        "uniform half)"},
+       {kU, kZ}},
+      {{"sinks", "0..4096",
+        "first tokens of a sequence, kept exact (default 4; paper, official and uniform 0)"},
+       {kU, kZ}},
+      {{"hold", "0..65536",
+        "newest tokens, not yet quantized (default fills up sinks to a multiple of 32: 28 with 4 "
+        "sinks; paper and official 0)"},
+       {kU, kZ}},
+      {{"seal", "32..65536 in steps of 32; paper and official 16..65536",
+        "staged tokens that start a quantization (default 64; paper and official 100)"},
+       {kU, kZ}},
+      {{"block", "0 or 32..65536 in steps of 32; paper and official 0 or 16..65536",
+        "most tokens of one block, 0 for no limit (default 256; paper and official 0)"},
+       {kU, kZ}},
+      {{"metric", "normalized, accumulated, official, random, locality",
+        "what makes a token salient (default normalized; official mode official)"},
+       {kZ}},
+      {{"probes", "default, official, all, recent, random, last",
+        "queries whose attention is measured (default default; official mode official)"},
+       {kZ}},
+      {{"seed", "0..18446744073709551615", "chooses the random probes (default 0)"}, {kZ}},
+  };
+  return specs;
+}
+
+const std::string* SettingReader::find(std::string_view name) const {
+  if (error_) {
+    return nullptr;
+  }
+  const auto found = settings_.find(std::string(name));
+  return found == settings_.end() ? nullptr : &found->second;
+}
+
+void SettingReader::fail(std::string_view name, std::string_view found, std::string_view expected) {
+  if (!error_) {
+    error_ = invalid_argument(std::string(name) + ": found " + quoted(found) + ", " +
+                              std::string(expected));
+  }
+}
+
+void SettingReader::check_known() {
+  for (const auto& [name, text] : settings_) {
+    if (!is_known(name) && !error_) {
+      const std::string nearest = nearest_setting(name);
+      const std::string hint = nearest.empty() ? ";" : "; did you mean " + quoted(nearest) + "?";
+      error_ = invalid_argument("unknown setting " + quoted(name) + hint +
+                                " known: " + list_settings(std::nullopt));
+    }
+  }
+}
+
+void SettingReader::check_applies(Kind kind) {
+  for (const SettingSpec& spec : setting_specs()) {
+    if (has(spec.help.name) && !spec.applies_to(kind) && !error_) {
+      error_ =
+          invalid_argument(spec.help.name + ": does not apply to policy " +
+                           quoted(name_of(kKinds, kind)) + ", which takes " + list_settings(kind));
+    }
+  }
+}
+
+void SettingReader::reject(std::string_view name, std::string_view expected) {
+  if (const std::string* text = find(name)) {
+    fail(name, *text, expected);
+  }
+}
+
+std::uint32_t SettingReader::count(std::string_view name, const CountRange& range,
+                                   std::uint32_t fallback) {
+  const std::string* text = find(name);
+  if (text == nullptr) {
+    return fallback;
+  }
+  const std::optional<std::uint32_t> number = parse_number<std::uint32_t>(*text);
+  if (number && *number >= range.min && *number <= range.max && *number % range.step == 0) {
+    return *number;
+  }
+  if (number && *number == 0 && range.or_zero) {
+    return 0;
+  }
+  fail(name, *text,
+       "accepted: " + std::string(range.or_zero ? "0 or " : "") + std::to_string(range.min) + ".." +
+           std::to_string(range.max) +
+           (range.step == 1 ? "" : " in steps of " + std::to_string(range.step)));
+  return fallback;
+}
+
+std::uint64_t SettingReader::seed(std::string_view name, std::uint64_t fallback) {
+  const std::string* text = find(name);
+  if (text == nullptr) {
+    return fallback;
+  }
+  const std::optional<std::uint64_t> number = parse_number<std::uint64_t>(*text);
+  if (!number) {
+    fail(name, *text, "accepted: a whole number from 0 to 18446744073709551615");
+  }
+  return number.value_or(fallback);
+}
+
+std::uint32_t SettingReader::percent(std::string_view name, std::uint32_t fallback_bp) {
+  const std::string* text = find(name);
+  if (text == nullptr) {
+    return fallback_bp;
+  }
+  const std::optional<std::uint32_t> basis_points = parse_basis_points(*text);
+  if (!basis_points) {
+    fail(name, *text, "accepted: percent from 0 to 100 with up to two decimals");
+  }
+  return basis_points.value_or(fallback_bp);
+}
+
+std::vector<std::uint8_t> SettingReader::bits(std::string_view name, std::size_t max_classes,
+                                              std::vector<std::uint8_t> fallback) {
+  const std::string* text = find(name);
+  if (text == nullptr) {
+    return fallback;
+  }
+  const auto widths = parse_list<std::uint8_t>(*text);
+  if (!widths || widths->size() > max_classes ||
+      !std::all_of(widths->begin(), widths->end(), format::is_code_width)) {
+    fail(name, *text,
+         "accepted widths are " + std::string(kWidths) +
+             (max_classes == 1 ? "; one for all tokens" : " as HI or HI,LO"));
+    return fallback;
+  }
+  if (widths->size() == 2 && (*widths)[0] < (*widths)[1]) {
+    fail(name, *text, "but salient tokens (HI) can't have fewer bits than the others (LO)");
+    return fallback;
+  }
+  return *widths;
+}
+
+std::array<float, 2> SettingReader::clip(std::string_view name, std::size_t n_classes,
+                                         std::array<float, 2> fallback) {
+  const std::string* text = find(name);
+  if (text == nullptr) {
+    return fallback;
+  }
+  const auto fractions = parse_list<float>(*text);
+  const auto in_range = [](float fraction) { return fraction > 0.0f && fraction <= 1.0f; };
+  if (!fractions || fractions->size() > n_classes ||
+      !std::all_of(fractions->begin(), fractions->end(), in_range)) {
+    fail(name, *text,
+         n_classes == 1 ? "accepted: one fraction above 0 and up to 1"
+                        : "accepted: fractions above 0 and up to 1 as HI,LO or one for both");
+    return fallback;
+  }
+  return {fractions->front(), fractions->back()};
+}
+
+}  // namespace zipcache::policy

@@ -1,0 +1,94 @@
+// Reads settings (name -> text) into typed values, with one clear line for what is wrong. Internal
+// to this room.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "base/expected.h"
+#include "policy/names.h"
+#include "policy/policy.h"
+
+namespace zipcache::policy {
+
+using Settings = std::map<std::string, std::string>;
+
+struct SettingSpec {
+  SettingHelp help;
+  std::vector<Kind> kinds;  // the policies that take it
+
+  bool applies_to(Kind kind) const;
+};
+const std::vector<SettingSpec>& setting_specs();
+
+// Accepted: min..max in steps of `step`, counted from 0; and 0 if `or_zero`.
+struct CountRange {
+  std::uint32_t min = 0;
+  std::uint32_t max = 0;
+  std::uint32_t step = 1;
+  bool or_zero = false;
+};
+
+// Each reader returns `fallback` when the setting is absent or something failed before, so that a
+// caller reads everything in a row and looks at error() once. The first error is kept.
+class SettingReader {
+ public:
+  // REQUIRES: `settings` outlives the reader.
+  explicit SettingReader(const Settings& settings) : settings_(settings) {}
+
+  const std::optional<Error>& error() const { return error_; }
+  bool has(std::string_view name) const { return settings_.contains(std::string(name)); }
+
+  // Fails if a name is none of setting_specs(), with the nearest one as a hint.
+  void check_known();
+  // Fails if a setting is given that does not apply to policies of this kind.
+  void check_applies(Kind kind);
+  // Fails with "NAME: found 'TEXT', EXPECTED" if `name` is given.
+  void reject(std::string_view name, std::string_view expected);
+
+  template <typename T, std::size_t N>
+  T choice(std::string_view name, const std::array<Named<T>, N>& choices, T fallback);
+  std::uint32_t count(std::string_view name, const CountRange& range, std::uint32_t fallback);
+  std::uint64_t seed(std::string_view name, std::uint64_t fallback);
+  // Percent with up to two decimals, as basis points.
+  std::uint32_t percent(std::string_view name, std::uint32_t fallback_bp);
+  // HI,LO with HI >= LO (if max_classes is 2), or one width: as many as there are classes.
+  std::vector<std::uint8_t> bits(std::string_view name, std::size_t max_classes,
+                                 std::vector<std::uint8_t> fallback);
+  // One fraction in (0, 1] for each class, or one for all.
+  std::array<float, 2> clip(std::string_view name, std::size_t n_classes,
+                            std::array<float, 2> fallback);
+
+ private:
+  // The text of `name`; nullptr if there is nothing to read.
+  const std::string* find(std::string_view name) const;
+  void fail(std::string_view name, std::string_view found, std::string_view expected);
+
+  const Settings& settings_;
+  std::optional<Error> error_;
+};
+
+template <typename T, std::size_t N>
+T SettingReader::choice(std::string_view name, const std::array<Named<T>, N>& choices, T fallback) {
+  const std::string* text = find(name);
+  if (text == nullptr) {
+    return fallback;
+  }
+  std::string accepted;
+  for (const Named<T>& choice : choices) {
+    if (choice.name == *text) {
+      return choice.value;
+    }
+    accepted += (accepted.empty() ? "" : ", ") + std::string(choice.name);
+  }
+  fail(name, *text, "accepted: " + accepted);
+  return fallback;
+}
+
+}  // namespace zipcache::policy

@@ -1,0 +1,50 @@
+// Quantizes tokens into a sealed block and back (paper section 4, Algorithms 1 to 3).
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+#include "format/block.h"
+
+namespace zipcache::quant {
+
+// How ranges become (scale, zero point).
+enum class Rounding : std::uint8_t {
+  kFloatMin,       // s = (max - min) / (2^k - 1), x^ = q * s + min          (default, official)
+  kIntegerOffset,  // z = -round(min / s), x^ = (q - z) * s; stored as min = -z * s   (paper Eq. 5)
+};
+
+struct TensorRules {
+  Rounding rounding = Rounding::kFloatMin;
+  // Per class: the range is shrunk about its centre to this fraction before the scale is computed
+  // (1 = min-max). Codes are clamped.
+  std::array<float, 2> clip{1.0f, 1.0f};
+};
+
+struct QuantRules {
+  TensorRules key;
+  TensorRules value;
+};
+
+// Encodes keys [n_tokens, n_kv_heads, key_dim] and values [n_tokens, n_kv_heads, value_dim] (token
+// order) as one block. tiers: [n_kv_heads, n_tokens], tier counts as layout.tier_tokens() says
+// (may be empty when layout.n_tiers() == 1). `block` is layout.total_bytes() long, 64-byte aligned,
+// and is overwritten whole. Arithmetic is float without contraction: the same bytes on every machine.
+// Non-finite inputs: NaN counts as 0 and infinities as the largest finite half in ranges and codes;
+// no NaN reaches a code or parameter.
+void encode_block(const format::BlockLayout& layout, const QuantRules& rules,
+                  std::span<const float> keys, std::span<const float> values,
+                  std::span<const std::uint8_t> tiers, std::byte* block);
+
+// The stored values in token order; same shapes as above. Either output may be empty.
+void decode_block(const format::BlockLayout& layout, const std::byte* block, std::span<float> keys,
+                  std::span<float> values);
+
+// Keys of one block replaced, classes and values kept (a context shift rotates stored keys). The
+// only re-quantization in the append-only modes.
+void replace_keys(const format::BlockLayout& layout, const QuantRules& rules,
+                  std::span<const float> keys, std::byte* block);
+
+}  // namespace zipcache::quant
