@@ -55,6 +55,7 @@ struct Policy {
   std::uint64_t seed = 0;
 
   bool seals() const { return kind != Kind::kFp16; }
+  quant::QuantRules quant_rules() const { return {key.rules, value.rules}; }
 };
 
 // The setting names, each with its accepted values and a line of help: the source of the table in

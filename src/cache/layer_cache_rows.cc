@@ -1,0 +1,180 @@
+// Rows in and out of a LayerCache: put, get, rotate.
+#include <algorithm>
+#include <cstring>
+#include <new>
+
+#include "base/check.h"
+#include "cache/errors.h"
+#include "cache/layer_cache.h"
+#include "quant/block_codec.h"
+
+namespace zipcache::cache {
+namespace {
+
+float read_element(const RowsView& rows, std::size_t row, std::size_t column) {
+  const std::byte* begin = static_cast<const std::byte*>(rows.data) + row * rows.stride_bytes;
+  if (rows.is_half) {
+    Half half;
+    std::memcpy(&half, begin + column * sizeof(Half), sizeof half);
+    return half_to_float(half);
+  }
+  float value;
+  std::memcpy(&value, begin + column * sizeof(float), sizeof value);
+  return value;
+}
+
+Half read_half(const RowsView& rows, std::size_t row, std::size_t column) {
+  if (rows.is_half) {
+    Half half;
+    std::memcpy(
+        &half,
+        static_cast<const std::byte*>(rows.data) + row * rows.stride_bytes + column * sizeof(Half),
+        sizeof half);
+    return half;
+  }
+  return float_to_half(read_element(rows, row, column));
+}
+
+}  // namespace
+
+Status LayerCache::put(Tensor tensor, std::span<const std::uint32_t> cells, const RowsView& rows) {
+  try {
+    if (tensor == Tensor::kKey) {
+      newest_cells_.assign(cells.begin(), cells.end());
+    }
+    for (std::size_t row = 0; row < cells.size(); ++row) {
+      const std::uint32_t cell = cells[row];
+      ZC_CHECK(cell < shape_.n_cells);
+      Slot slot = find(cell);
+      if (slot.found() && segments_[slot.segment].block != nullptr) {
+        // A new key makes a new token; a value alone completes the token that is there.
+        if (tensor == Tensor::kKey) {
+          release(cell);
+          slot = {};
+        } else {
+          Expected<Slot> staged = unseal_token(cell);
+          if (!staged) {
+            return staged.error();
+          }
+          slot = *staged;
+        }
+      }
+      if (!slot.found()) {
+        Expected<Slot> staged = stage(cell);
+        if (!staged) {
+          return staged.error();
+        }
+        slot = *staged;
+      } else if (tensor == Tensor::kKey) {
+        reset_statistics(*segments_[slot.segment].page, slot.index);
+      }
+      write_row(tensor, slot, rows, row);
+    }
+    return ok_status();
+  } catch (const std::bad_alloc&) {
+    return no_memory(page_bytes());
+  }
+}
+
+void LayerCache::write_row(Tensor tensor, const Slot& slot, const RowsView& rows, std::size_t row) {
+  StagingPage& page = *segments_[slot.segment].page;
+  if (tensor == Tensor::kKey) {
+    Half* out = page.keys.data() + slot.index;
+    for (std::uint32_t column = 0; column < shape_.key_row; ++column) {
+      out[std::size_t{column} * kPageTokens] = read_half(rows, row, column);
+    }
+  } else {
+    Half* out = page.values.data() + std::size_t{slot.index} * shape_.value_row;
+    for (std::uint32_t column = 0; column < shape_.value_row; ++column) {
+      out[column] = read_half(rows, row, column);
+    }
+  }
+}
+
+void LayerCache::read_staged(const Slot& slot, Tensor tensor, float* row) const {
+  const StagingPage& page = *segments_[slot.segment].page;
+  if (tensor == Tensor::kKey) {
+    for (std::uint32_t column = 0; column < shape_.key_row; ++column) {
+      row[column] = half_to_float(page.keys[std::size_t{column} * kPageTokens + slot.index]);
+    }
+  } else {
+    const Half* values = page.values.data() + std::size_t{slot.index} * shape_.value_row;
+    for (std::uint32_t column = 0; column < shape_.value_row; ++column) {
+      row[column] = half_to_float(values[column]);
+    }
+  }
+}
+
+void LayerCache::get(Tensor tensor, std::uint32_t first_cell, std::uint32_t n, Half* out) const {
+  const std::uint32_t width = tensor == Tensor::kKey ? shape_.key_row : shape_.value_row;
+  std::vector<float> decoded;  // the latest block met: runs of cells lie in one block
+  std::uint32_t decoded_segment = UINT32_MAX;
+  std::vector<float> row(width);
+  for (std::uint32_t i = 0; i < n; ++i, out += width) {
+    const Slot slot = find(first_cell + i);
+    if (!slot.found()) {
+      std::fill_n(out, width, Half{0});
+      continue;
+    }
+    const float* values = row.data();
+    if (segments_[slot.segment].page != nullptr) {
+      read_staged(slot, tensor, row.data());
+    } else {
+      if (decoded_segment != slot.segment) {
+        decoded = decode(slot.segment, tensor);
+        decoded_segment = slot.segment;
+      }
+      values = decoded.data() + std::size_t{slot.index} * width;
+    }
+    std::transform(values, values + width, out, float_to_half);
+  }
+}
+
+std::vector<float> LayerCache::decode(std::uint32_t segment, Tensor tensor) const {
+  const SealedBlock& block = *segments_[segment].block;
+  const bool keys = tensor == Tensor::kKey;
+  std::vector<float> rows(std::size_t{block.n_tokens()} *
+                          (keys ? shape_.key_row : shape_.value_row));
+  quant::decode_block(*block.layout, block.bytes.data(),
+                      keys ? std::span(rows) : std::span<float>{},
+                      keys ? std::span<float>{} : std::span(rows));
+  return rows;
+}
+
+void LayerCache::rotate_keys(const Rotate& rotate) {
+  std::vector<std::uint32_t> cells;
+  std::vector<float> keys;
+  for (std::uint32_t id = 0; id < segments_.size(); ++id) {
+    if (StagingPage* page = segments_[id].page.get()) {
+      cells.clear();
+      keys.resize(std::size_t{page->used} * shape_.key_row);
+      for (std::uint32_t slot = 0; slot < kPageTokens; ++slot) {
+        if (page->cells[slot] != kNoCell) {
+          read_staged({id, slot}, Tensor::kKey, keys.data() + cells.size() * shape_.key_row);
+          cells.push_back(page->cells[slot]);
+        }
+      }
+      if (!rotate(cells, keys.data())) {
+        continue;
+      }
+      const RowsView rows{keys.data(), shape_.key_row * sizeof(float), false};
+      std::size_t row = 0;
+      for (std::uint32_t slot = 0; slot < kPageTokens; ++slot) {
+        if (page->cells[slot] != kNoCell) {
+          write_row(Tensor::kKey, {id, slot}, rows, row++);
+        }
+      }
+    } else if (SealedBlock* block = segments_[id].block.get()) {
+      cells.resize(block->n_tokens());
+      for (std::uint32_t token = 0; token < block->n_tokens(); ++token) {
+        cells[token] = block->cell(token);
+      }
+      keys = decode(id, Tensor::kKey);
+      if (rotate(cells, keys.data())) {
+        quant::replace_keys(*block->layout, policy_->quant_rules(), keys, block->bytes.data());
+      }
+    }
+  }
+}
+
+}  // namespace zipcache::cache

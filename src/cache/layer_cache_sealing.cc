@@ -1,0 +1,177 @@
+// Staged tokens into blocks and back, and keeping the staging pages dense.
+#include <algorithm>
+#include <new>
+#include <numeric>
+
+#include "base/check.h"
+#include "cache/errors.h"
+#include "cache/layer_cache.h"
+#include "quant/block_codec.h"
+
+namespace zipcache::cache {
+
+Status LayerCache::seal(std::span<const Slot> slots, const format::BlockShape& shape,
+                        std::span<const std::uint8_t> tiers, std::uint32_t group) {
+  ZC_CHECK(slots.size() == shape.n_tokens && !slots.empty());
+  try {
+    auto block = std::make_unique<SealedBlock>();
+    block->layout = layout_for(shape);
+    block->group = group;
+    block->n_live = shape.n_tokens;
+    const std::size_t bytes = block->layout->total_bytes();
+    block->bytes.resize(bytes);
+    const auto cell_of = [this](const Slot& slot) {
+      return segments_[slot.segment].page->cells[slot.index];
+    };
+    const std::size_t n = slots.size();
+    std::vector<std::uint32_t> order(n);  // token of the block (ascending cells) -> slots[]
+    std::iota(order.begin(), order.end(), 0u);
+    std::sort(order.begin(), order.end(), [&](std::uint32_t a, std::uint32_t b) {
+      return cell_of(slots[a]) < cell_of(slots[b]);
+    });
+    std::vector<float> keys(n * shape_.key_row);
+    std::vector<float> values(n * shape_.value_row);
+    std::vector<std::uint32_t> cells(n);
+    std::vector<std::uint8_t> sorted_tiers(tiers.size());
+    for (std::size_t token = 0; token < n; ++token) {
+      const Slot& slot = slots[order[token]];
+      read_staged(slot, Tensor::kKey, keys.data() + token * shape_.key_row);
+      read_staged(slot, Tensor::kValue, values.data() + token * shape_.value_row);
+      cells[token] = cell_of(slot);
+      for (std::size_t head = 0; head * n < tiers.size(); ++head) {
+        sorted_tiers[head * n + token] = tiers[head * n + order[token]];
+      }
+    }
+    quant::encode_block(*block->layout, policy_->quant_rules(), keys, values, sorted_tiers,
+                        block->bytes.data());
+    Expected<std::uint32_t> id = new_segment();
+    if (!id) {
+      return id.error();
+    }
+    if (!budget_->reserve(bytes)) {
+      return over_budget(*budget_, bytes);
+    }
+    block->first_cell = cells.front();
+    if (cells.back() - cells.front() + 1 != cells.size()) {
+      block->cells = cells;
+    }
+    // Nothing fails from here on.
+    for (const Slot& slot : slots) {
+      release(cell_of(slot));
+    }
+    for (const std::uint32_t cell : cells) {
+      set_owner(cell, static_cast<std::uint16_t>(*id));
+    }
+    n_live_ += cells.size();
+    segments_[*id].block = std::move(block);
+    return ok_status();
+  } catch (const std::bad_alloc&) {
+    return no_memory(page_bytes());
+  }
+}
+
+Expected<LayerCache::Slot> LayerCache::unseal_token(std::uint32_t cell) {
+  const Slot sealed = find(cell);
+  const std::vector<float> keys = decode(sealed.segment, Tensor::kKey);
+  const std::vector<float> values = decode(sealed.segment, Tensor::kValue);
+  const std::uint32_t group = segments_[sealed.segment].block->group;
+  release(cell);
+  Expected<Slot> slot = stage(cell);
+  if (slot) {
+    write_row(Tensor::kKey, *slot, {keys.data(), shape_.key_row * sizeof(float), false},
+              sealed.index);
+    write_row(Tensor::kValue, *slot, {values.data(), shape_.value_row * sizeof(float), false},
+              sealed.index);
+    segments_[slot->segment].page->tokens[slot->index].group = group;
+  }
+  return slot;
+}
+
+Expected<std::vector<LayerCache::Slot>> LayerCache::unseal(std::uint32_t segment,
+                                                           std::vector<std::uint8_t>* tiers) {
+  // Keeps the block alive while its tokens leave it one by one.
+  const SealedBlock block = *segments_[segment].block;
+  const std::vector<float> keys = decode(segment, Tensor::kKey);
+  const std::vector<float> values = decode(segment, Tensor::kValue);
+  std::vector<std::uint32_t> live;
+  for (std::uint32_t token = 0; token < block.n_tokens(); ++token) {
+    if (!block.is_dead(token)) {
+      live.push_back(token);
+    }
+  }
+  std::vector<std::uint8_t> head_tiers(block.n_tokens());
+  for (std::uint32_t head = 0; head < n_kv_heads_; ++head) {
+    format::read_tiers(*block.layout, block.bytes.data(), head, head_tiers.data());
+    for (const std::uint32_t token : live) {
+      tiers->push_back(head_tiers[token]);
+    }
+  }
+  std::vector<Slot> slots;
+  for (const std::uint32_t token : live) {
+    release(block.cell(token));
+    Expected<Slot> slot = stage(block.cell(token));
+    if (!slot) {
+      return slot.error();
+    }
+    write_row(Tensor::kKey, *slot, {keys.data(), shape_.key_row * sizeof(float), false}, token);
+    write_row(Tensor::kValue, *slot, {values.data(), shape_.value_row * sizeof(float), false},
+              token);
+    segments_[slot->segment].page->tokens[slot->index].group = block.group;
+    slots.push_back(*slot);
+  }
+  return slots;
+}
+
+void LayerCache::compact_staging() {
+  std::vector<std::uint32_t> pages;
+  for (std::uint32_t id = 0; id < segments_.size(); ++id) {
+    if (segments_[id].page != nullptr) {
+      pages.push_back(id);
+    }
+  }
+  std::size_t front = 0;
+  std::size_t back = pages.size();
+  while (front + 1 < back) {
+    StagingPage& to = *segments_[pages[front]].page;
+    StagingPage& from = *segments_[pages[back - 1]].page;
+    if (to.used == kPageTokens) {
+      ++front;
+    } else if (from.used == 0) {
+      free_segment(pages[--back]);
+    } else {
+      move_token(pages[back - 1], pages[front]);
+    }
+  }
+  if (back > 0 && segments_[pages[back - 1]].page->used == 0) {
+    free_segment(pages[back - 1]);
+  }
+}
+
+void LayerCache::move_token(std::uint32_t from_page, std::uint32_t to_page) {
+  StagingPage& from = *segments_[from_page].page;
+  StagingPage& to = *segments_[to_page].page;
+  const auto source =
+      static_cast<std::uint32_t>(std::find_if(from.cells, from.cells + kPageTokens,
+                                              [](std::uint32_t cell) { return cell != kNoCell; }) -
+                                 from.cells);
+  const auto target =
+      static_cast<std::uint32_t>(std::find(to.cells, to.cells + kPageTokens, kNoCell) - to.cells);
+  for (std::uint32_t column = 0; column < shape_.key_row; ++column) {
+    to.keys[std::size_t{column} * kPageTokens + target] =
+        from.keys[std::size_t{column} * kPageTokens + source];
+  }
+  std::copy_n(from.values.begin() + std::size_t{source} * shape_.value_row, shape_.value_row,
+              to.values.begin() + std::size_t{target} * shape_.value_row);
+  if (!to.tokens.empty()) {
+    to.tokens[target] = from.tokens[source];
+    std::copy_n(from.mass.begin() + std::size_t{source} * n_kv_heads_, n_kv_heads_,
+                to.mass.begin() + std::size_t{target} * n_kv_heads_);
+  }
+  to.cells[target] = from.cells[source];
+  from.cells[source] = kNoCell;
+  set_owner(to.cells[target], static_cast<std::uint16_t>(to_page));
+  ++to.used;
+  --from.used;
+}
+
+}  // namespace zipcache::cache
