@@ -47,7 +47,11 @@ Status LayerCache::set_heads(std::uint32_t n_kv_heads, std::uint32_t key_dim,
     value_dim_ = value_dim;
     for (Segment& segment : segments_) {  // pages filled before the heads were known
       if (segment.page != nullptr && policy_->seals()) {
-        segment.page->mass.assign(std::size_t{kPageTokens} * n_kv_heads_, 0.0f);
+        const std::size_t n = std::size_t{kPageTokens} * n_kv_heads_;
+        if (!budget_->reserve(n * sizeof(float))) {
+          return over_budget(*budget_, n * sizeof(float));
+        }
+        segment.page->mass.assign(n, 0.0f);
       }
     }
   }
@@ -111,7 +115,7 @@ Expected<std::uint32_t> LayerCache::new_segment() {
   return static_cast<std::uint32_t>(segments_.size() - 1);
 }
 
-std::size_t LayerCache::page_bytes() const {
+std::size_t LayerCache::new_page_bytes() const {
   std::size_t bytes = sizeof(StagingPage) +
                       std::size_t{kPageTokens} * (shape_.key_row + shape_.value_row) * sizeof(Half);
   if (policy_->seals()) {
@@ -123,7 +127,7 @@ std::size_t LayerCache::page_bytes() const {
 void LayerCache::free_segment(std::uint32_t id) {
   Segment& segment = segments_[id];
   if (segment.page != nullptr) {
-    budget_->release(page_bytes());
+    budget_->release(segment.page->bytes());
     segment.page.reset();
     if (open_page_ == id) {
       open_page_ = UINT32_MAX;
@@ -161,8 +165,8 @@ Expected<LayerCache::Slot> LayerCache::stage(std::uint32_t cell) {
     }
   }
   if (open_page_ == UINT32_MAX) {
-    if (!budget_->reserve(page_bytes())) {
-      return over_budget(*budget_, page_bytes());
+    if (!budget_->reserve(new_page_bytes())) {
+      return over_budget(*budget_, new_page_bytes());
     }
     auto page = std::make_unique<StagingPage>();
     page->keys.resize(std::size_t{shape_.key_row} * kPageTokens);
@@ -174,7 +178,7 @@ Expected<LayerCache::Slot> LayerCache::stage(std::uint32_t cell) {
     }
     Expected<std::uint32_t> id = new_segment();
     if (!id) {
-      budget_->release(page_bytes());
+      budget_->release(new_page_bytes());
       return id.error();
     }
     segments_[*id].page = std::move(page);
@@ -259,7 +263,7 @@ Status LayerCache::copy_from(const LayerCache& other) {
     segments_.resize(other.segments_.size());
     for (std::size_t id = 0; id < segments_.size(); ++id) {
       const Segment& from = other.segments_[id];
-      const std::size_t bytes = from.page != nullptr    ? page_bytes()
+      const std::size_t bytes = from.page != nullptr    ? from.page->bytes()
                                 : from.block != nullptr ? from.block->bytes.size()
                                                         : 0;
       if (!budget_->reserve(bytes)) {
@@ -299,7 +303,7 @@ ByteCount LayerCache::bytes() const {
     if (segment.page != nullptr) {
       const std::size_t free_bytes = (kPageTokens - segment.page->used) * token_bytes;
       count.slack += free_bytes;
-      count.staging += page_bytes() - free_bytes;
+      count.staging += segment.page->bytes() - free_bytes;
       count.live_tokens += segment.page->used;
     } else if (segment.block != nullptr) {
       const SealedBlock& block = *segment.block;

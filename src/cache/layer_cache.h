@@ -54,6 +54,11 @@ struct StagingPage {
   std::uint32_t used = 0;            // slots that hold a token
   std::vector<StagedToken> tokens;   // kPageTokens long, or empty (fp16 policy)
   std::vector<float> mass;           // [kPageTokens, n_kv_heads]: probe attention received
+
+  std::size_t bytes() const {
+    return sizeof(StagingPage) + (keys.size() + values.size()) * sizeof(Half) +
+           tokens.size() * sizeof(StagedToken) + mass.size() * sizeof(float);
+  }
 };
 
 // A packed block. Immutable but for liveness (and rotation of keys).
@@ -175,7 +180,7 @@ class LayerCache {
   void release(std::uint32_t cell);
   void free_segment(std::uint32_t segment);
   std::shared_ptr<const format::BlockLayout> layout_for(const format::BlockShape& shape);
-  std::size_t page_bytes() const;
+  std::size_t new_page_bytes() const;
   void reset_statistics(StagingPage& page, std::uint32_t slot);
   void write_row(Tensor tensor, const Slot& slot, const RowsView& rows, std::size_t row);
   void read_staged(const Slot& slot, Tensor tensor, float* row) const;

@@ -72,7 +72,7 @@ Status LayerCache::put(Tensor tensor, std::span<const std::uint32_t> cells, cons
     }
     return ok_status();
   } catch (const std::bad_alloc&) {
-    return no_memory(page_bytes());
+    return no_memory(new_page_bytes());
   }
 }
 

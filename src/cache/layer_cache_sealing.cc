@@ -66,7 +66,7 @@ Status LayerCache::seal(std::span<const Slot> slots, const format::BlockShape& s
     segments_[*id].block = std::move(block);
     return ok_status();
   } catch (const std::bad_alloc&) {
-    return no_memory(page_bytes());
+    return no_memory(new_page_bytes());
   }
 }
 

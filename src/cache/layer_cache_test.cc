@@ -245,6 +245,19 @@ TEST(LayerCache, ABudgetIsAnErrorAndLosesNothing) {
   EXPECT_LE(budget->used(), 40000u);
 }
 
+TEST(LayerCache, PagesFilledBeforeTheHeadsAreKnownAreAccountedWhole) {
+  const auto policy = std::make_shared<policy::Policy>(policy::make_policy({}).value());
+  const auto budget = std::make_shared<Budget>();
+  LayerCache cache({0, 64, 64, 64}, policy, budget);
+  const std::vector<float> row(64, 1.0f);
+  const std::uint32_t cell = 3;
+  cache.put(Tensor::kKey, {&cell, 1}, {row.data(), 64 * sizeof(float), false}).value();
+  cache.set_heads(2, 32, 32).value();
+  EXPECT_EQ(budget->used(), cache.bytes().staging + cache.bytes().slack);
+  cache.clear();
+  EXPECT_EQ(budget->used(), 0u);
+}
+
 TEST(LayerCache, RefusesImpossibleHeads) {
   const auto policy = std::make_shared<policy::Policy>(policy::make_policy({}).value());
   LayerCache cache({0, 64, 96, 96}, policy, std::make_shared<Budget>());
