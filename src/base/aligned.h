@@ -18,8 +18,8 @@ struct AlignedAllocator {
   T* allocate(std::size_t n) {
     return static_cast<T*>(::operator new (n * sizeof(T), std::align_val_t{kAlignmentBytes}));
   }
-  void deallocate(T* p, std::size_t n) {
-    ::operator delete (p, n * sizeof(T), std::align_val_t{kAlignmentBytes});
+  void deallocate(T* p, std::size_t /*n*/) {
+    ::operator delete (p, std::align_val_t{kAlignmentBytes});  // clang 14 has no sized one
   }
   bool operator==(const AlignedAllocator&) const { return true; }
 };

@@ -36,7 +36,8 @@ bool is_valid_tensor(const TensorFormat& f, std::uint32_t head_dim, std::uint32_
       return one_group && !f.slot_shared && f.token_params == TokenParams::kHalf;
     case Granularity::kTokenwise:
     case Granularity::kChannelSeparable:
-      if (!one_group && (!is_multiple_of_16(f.group_channels) || head_dim % f.group_channels != 0)) {
+      if (!one_group &&
+          (!is_multiple_of_16(f.group_channels) || head_dim % f.group_channels != 0)) {
         return false;
       }
       return !f.slot_shared || (one_group && f.token_params == TokenParams::kHalf);

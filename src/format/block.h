@@ -3,8 +3,8 @@
 //
 // Tokens have tiers per KV head (0 = most salient). A tensor (K or V) has one or two precision
 // classes; the class of a token follows from its tier, and all heads have the same counts. Inside a
-// head the tokens stand in SLOT order: tier 0 first, then tier 1, ..., each in token order; so class
-// 0 of a tensor is slots [0, class0_tokens) and class 1 the rest, for K and for V alike.
+// head the tokens stand in SLOT order: tier 0 first, then tier 1, ..., each in token order; so
+// class 0 of a tensor is slots [0, class0_tokens) and class 1 the rest, for K and for V alike.
 //
 // value of an element, token slot t, channel c, code q:
 //   channelwise        scale[class][c] * q + min[class][c]
@@ -42,11 +42,11 @@ enum class TokenParams : std::uint8_t { kHalf, kByte };
 struct TensorFormat {
   Granularity granularity = Granularity::kChannelwise;
   TokenParams token_params = TokenParams::kHalf;
-  bool slot_shared = false;          // one (scale, min) per slot for all heads; kHalf, one group only
+  bool slot_shared = false;  // one (scale, min) per slot for all heads; kHalf, one group only
   std::uint16_t group_channels = 0;  // channels that share a token's (scale, min); 0 = head_dim
   std::uint8_t n_classes = 1;
   std::array<std::uint8_t, 2> bits{4, 2};
-  std::uint32_t class0_tokens = 0;   // n_classes == 2: tokens of class 0 (0..n_tokens)
+  std::uint32_t class0_tokens = 0;  // n_classes == 2: tokens of class 0 (0..n_tokens)
 
   bool operator==(const TensorFormat&) const = default;
 };
@@ -68,8 +68,8 @@ enum class Tensor : std::uint8_t { kKey, kValue };
 // REQUIRES: a shape for which is_valid() holds.
 class BlockLayout {
  public:
-  // Head dims are multiples of 16 up to 512; group_channels divides head_dim and is a multiple of 16
-  // (or 0; channelwise: 0 or head_dim); slot_shared needs kHalf, one group and token parameters;
+  // Head dims are multiples of 16 up to 512; group_channels divides head_dim and is a multiple of
+  // 16 (or 0; channelwise: 0 or head_dim); slot_shared needs kHalf, one group and token parameters;
   // kByte needs token parameters; an unused class's width and class0_tokens don't matter.
   static bool is_valid(const BlockShape& shape);
   explicit BlockLayout(const BlockShape& shape);
@@ -106,8 +106,8 @@ class BlockLayout {
   // kByte: fp16 base[n_classes] of the head.
   std::size_t token_base(Tensor t, std::uint32_t head) const;
 
-  // Tiers: 1 (no planes), 2 or 3: the slots between the class borders of K and V. A border at 0 or at
-  // n_tokens parts nothing and makes no tier.
+  // Tiers: 1 (no planes), 2 or 3: the slots between the class borders of K and V. A border at 0 or
+  // at n_tokens parts nothing and makes no tier.
   std::uint32_t n_tiers() const { return n_tiers_; }
   std::uint32_t tier_tokens(std::uint32_t tier) const;  // tokens of a tier, the same in all heads
   std::size_t tier_plane(std::uint32_t head, std::uint32_t plane) const;
@@ -123,9 +123,7 @@ class BlockLayout {
     std::size_t token_group_size = 0;
     std::size_t base = 0;
   };
-  const TensorOffsets& offsets(Tensor t) const {
-    return t == Tensor::kKey ? key_ : value_;
-  }
+  const TensorOffsets& offsets(Tensor t) const { return t == Tensor::kKey ? key_ : value_; }
   TensorOffsets place_in_head(Tensor t);
   void place_shared_params(Tensor t, TensorOffsets* offsets);
   void find_tiers();

@@ -62,9 +62,8 @@ Sections code_sections(const BlockLayout& l) {
           EXPECT_EQ(l.codes(t, head, cls, group) % 64, 0u);
           const std::size_t tokens = l.class_tokens(t, cls), channels = l.group_channels(t);
           const int bits = l.tensor(t).bits[cls];
-          EXPECT_EQ(l.codes_size(t, cls), t == Tensor::kKey
-                                              ? matrix_bytes(bits, tokens, channels)
-                                              : matrix_bytes(bits, channels, tokens));
+          EXPECT_EQ(l.codes_size(t, cls), t == Tensor::kKey ? matrix_bytes(bits, tokens, channels)
+                                                            : matrix_bytes(bits, channels, tokens));
           add(&s, l.codes(t, head, cls, group), l.codes_size(t, cls));
         }
       }
@@ -188,7 +187,8 @@ TEST(BlockLayout, AccountsForItsParts) {
   EXPECT_EQ(half.params_bytes(), 3 * (2 * 64 * 4 + 64 * 2 + 256 * 4u));
   EXPECT_EQ(half.masks_bytes(), 3 * 2 * 256 / 8u);
   s.value.token_params = TokenParams::kByte;
-  EXPECT_EQ(BlockLayout(s).params_bytes(), (3 * (2 * 64 * 4 + 64 * 2 + 256 * 2 + 16u) + 63) / 64 * 64);
+  EXPECT_EQ(BlockLayout(s).params_bytes(),
+            (3 * (2 * 64 * 4 + 64 * 2 + 256 * 2 + 16u) + 63) / 64 * 64);
 }
 
 TEST(BlockLayout, RefusesShapesThatAreNotValid) {
@@ -263,8 +263,7 @@ TEST(Tiers, RoundTripAndSlotOrder) {
     std::vector<std::uint32_t> order(20), want(20);
     slot_order(l, block.data(), head, order.data());
     std::iota(want.begin(), want.end(), 0u);
-    std::stable_sort(want.begin(), want.end(),
-                     [&](auto a, auto b) { return tiers[a] < tiers[b]; });
+    std::stable_sort(want.begin(), want.end(), [&](auto a, auto b) { return tiers[a] < tiers[b]; });
     EXPECT_EQ(order, want);
     // Token 13's plane bits, by the rule: bit 5 of byte 1.
     for (std::uint32_t plane = 0; plane < 2; ++plane) {
@@ -306,8 +305,8 @@ TEST(ByteScale, EncodesToNearest) {
   Philox random(8, 0, 0);
   for (int draw = 0; draw < 5000; ++draw) {
     const float base = half_to_float(static_cast<Half>(1 + random.below(0x7bff)));
-    const float scale =
-        base * std::ldexp(1.0f + random.below(1u << 20) * 0x1p-20f, 2 - static_cast<int>(random.below(22)));
+    const float scale = base * std::ldexp(1.0f + random.below(1u << 20) * 0x1p-20f,
+                                          2 - static_cast<int>(random.below(22)));
     const float got = byte_scale(base, encode_byte_scale(base, scale));
     for (int e = 0; e < 256; ++e) {
       const double other = byte_scale(base, static_cast<std::uint8_t>(e));

@@ -1,6 +1,6 @@
-// Packing works on words of four codes. The layout puts inner position 4 * j + byte of a p-bit plane
-// at bit 8 * byte + p * j of its word, so four neighbouring codes, read as one little-endian u32, are
-// in place after a shift by p * j.
+// Packing works on words of four codes. The layout puts inner position 4 * j + byte of a p-bit
+// plane at bit 8 * byte + p * j of its word, so four neighbouring codes, read as one little-endian
+// u32, are in place after a shift by p * j.
 
 #include "format/code_matrix.h"
 

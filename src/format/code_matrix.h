@@ -8,12 +8,12 @@
 //   inside a word of a p-bit plane: inner position i = word * (32/p) + 4 * j + byte
 //                sits at bit 8 * byte + p * j   (byte = 0..3, j = 0..8/p - 1)
 //                so (word >> p*j) & (0x01010101 * (2^p - 1)) gives 4 codes as 4 bytes.
-//   2, 4, 8-bit matrix = one plane of that width; 3-bit = for each lane group a 2-bit plane (the low
-//                bits) directly followed by a 1-bit plane (the high bit).
+//   2, 4, 8-bit matrix = one plane of that width; 3-bit = for each lane group a 2-bit plane (the
+//                low bits) directly followed by a 1-bit plane (the high bit).
 //   order in memory: lane group after lane group. Padding lanes and positions hold code 0.
 //
-// This room owns every bit position: others use pack/unpack, or follow the rule above and are tested
-// against them (the kernels).
+// This room owns every bit position: others use pack/unpack, or follow the rule above and are
+// tested against them (the kernels).
 #pragma once
 
 #include <cstddef>

@@ -12,8 +12,8 @@
 namespace zipcache::format {
 namespace {
 
-// Bit `bit` of the code at (lane, position) of a p-bit plane that starts at byte `plane`: the rule of
-// code_matrix.h, with no word arithmetic shared with the implementation.
+// Bit `bit` of the code at (lane, position) of a p-bit plane that starts at byte `plane`: the rule
+// of code_matrix.h, with no word arithmetic shared with the implementation.
 struct BitPlace {
   std::size_t byte;
   int bit;

@@ -86,13 +86,13 @@ ggml_status init_tensor(ggml_backend_buffer_t buffer, ggml_tensor* tensor) {
 template <typename Access>
 void with_store(const KvTensor* kv, const char* what, Access&& access) {
   const std::lock_guard lock(kv->buffer->mutex());
-  must_succeed(kv->buffer, what, guarded([&]() -> Status {
-                 if (kv->store == nullptr) {
-                   return unsupported("layer " + std::to_string(kv->layer) +
-                                      " has keys without values");
-                 }
-                 return access(*kv->store);
-               }));
+  must_succeed(
+      kv->buffer, what, guarded([&]() -> Status {
+        if (kv->store == nullptr) {
+          return unsupported("layer " + std::to_string(kv->layer) + " has keys without values");
+        }
+        return access(*kv->store);
+      }));
 }
 
 void memset_tensor(ggml_backend_buffer_t /*buffer*/, ggml_tensor* tensor, std::uint8_t value,
@@ -151,9 +151,8 @@ void copy_within_stores(const KvTensor* from, const ggml_tensor* source, const K
                  if (to->store == nullptr || from->store == nullptr) {
                    return unsupported("keys without values");
                  }
-                 return to->store->copy(to->tensor, offset_in_base(target, 0),
-                                        ggml_nbytes(target), *from->store,
-                                        offset_in_base(source, 0));
+                 return to->store->copy(to->tensor, offset_in_base(target, 0), ggml_nbytes(target),
+                                        *from->store, offset_in_base(source, 0));
                }));
 }
 

@@ -26,7 +26,7 @@ void get_memory(ggml_backend_dev_t /*device*/, std::size_t* free, std::size_t* t
 }
 
 // The host gives layers, with their KV cache, to devices of type GPU only.
-ggml_backend_dev_type get_type(ggml_backend_dev_t /*device*/) {
+enum ggml_backend_dev_type get_type(ggml_backend_dev_t /*device*/) {
   return GGML_BACKEND_DEVICE_TYPE_GPU;
 }
 
@@ -118,6 +118,10 @@ bool supports_op(ggml_backend_dev_t /*device*/, const ggml_tensor* op) {
       case NodeKind::kAttend:
       case NodeKind::kShift:
         return true;
+      case NodeKind::kElsewhere:
+        // Left to the device of that layer: llama.cpp turns flash attention off (-fa auto) when it
+        // finds it on another one.
+        return false;
       case NodeKind::kRefusedRead:
         // llama.cpp lets its own CPU backend do it, on a decompressed copy made at each step.
         log_warning_once(found.reason + " (until then slow: on a decompressed copy)");

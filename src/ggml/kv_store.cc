@@ -184,9 +184,8 @@ Status KvStore::put(Tensor tensor, std::span<const std::int64_t> global_rows,
       }
       cells.push_back(static_cast<std::uint32_t>(global_rows[i] % shape_.n_cells));
     }
-    const cache::RowsView part{
-        static_cast<const std::byte*>(rows.data) + first * rows.stride_bytes, rows.stride_bytes,
-        rows.is_half};
+    const cache::RowsView part{static_cast<const std::byte*>(rows.data) + first * rows.stride_bytes,
+                               rows.stride_bytes, rows.is_half};
     forget_writer(static_cast<std::uint32_t>(stream));
     if (Status done = streams_[stream]->put(tensor, cells, part); !done) {
       return done;

@@ -35,8 +35,8 @@ class KvStore {
   struct Shape {
     std::uint32_t layer = 0;
     std::uint32_t n_streams = 0;
-    std::uint32_t n_cells = 0;    // per stream
-    std::uint32_t key_row = 0;    // elements of a row
+    std::uint32_t n_cells = 0;  // per stream
+    std::uint32_t key_row = 0;  // elements of a row
     std::uint32_t value_row = 0;
   };
 
@@ -87,7 +87,7 @@ class KvStore {
 
   Shape shape_;
   std::vector<std::unique_ptr<cache::LayerCache>> streams_;
-  std::vector<std::uint64_t> writers_;               // per stream, 0 = nobody
+  std::vector<std::uint64_t> writers_;                 // per stream, 0 = nobody
   std::vector<const cache::LayerCache*> copied_from_;  // per stream: values came with the keys
 };
 

@@ -6,18 +6,36 @@
 #include "ggml-impl.h"
 
 namespace zipcache::ggml {
+namespace {
+
+struct Said {
+  std::mutex mutex;
+  std::set<std::string> lines;
+};
+
+Said& said() {
+  static auto* const the_said = new Said;  // never destroyed: hosts log from destructors
+  return *the_said;
+}
+
+}  // namespace
 
 void log_error(const std::string& line) { GGML_LOG_ERROR("zipcache: %s\n", line.c_str()); }
 
 void log_warning(const std::string& line) { GGML_LOG_WARN("zipcache: %s\n", line.c_str()); }
 
 void log_warning_once(const std::string& line) {
-  static std::mutex mutex;
-  static std::set<std::string> said;
-  const std::lock_guard lock(mutex);
-  if (said.insert(line).second) {
+  Said& all = said();
+  const std::lock_guard lock(all.mutex);
+  if (all.lines.insert(line).second) {
     log_warning(line);
   }
+}
+
+void allow_repeats() {
+  Said& all = said();
+  const std::lock_guard lock(all.mutex);
+  all.lines.clear();
 }
 
 void log_info(const std::string& line) { GGML_LOG_INFO("zipcache: %s\n", line.c_str()); }

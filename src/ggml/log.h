@@ -8,8 +8,10 @@ namespace zipcache::ggml {
 
 void log_error(const std::string& line);
 void log_warning(const std::string& line);
-// At most once per process for each text: for refusals, which the host asks about again and again.
+// For refusals, which the host asks about again and again: a text is repeated only after
+// allow_repeats(). Call that for each new context: the host mutes its log while it measures.
 void log_warning_once(const std::string& line);
+void allow_repeats();
 void log_info(const std::string& line);
 
 }  // namespace zipcache::ggml

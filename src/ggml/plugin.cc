@@ -1,13 +1,13 @@
 // The two symbols that ggml looks up in a backend library. Struct layouts of ggml's backend
 // interface may change with its minor version, so another one than we were built with is refused.
 
+#include <cstdio>
 #include <exception>
 #include <string>
 #include <string_view>
 
 #include "ggml-backend-impl.h"
 #include "ggml.h"
-#include "ggml/log.h"
 #include "ggml/registry.h"
 
 namespace {
@@ -19,8 +19,13 @@ std::string_view minor_version(std::string_view version) {
   return version.substr(0, version.find('.', version.find('.') + 1));
 }
 
-bool is_version_supported() {
-  return minor_version(ggml_version()) == minor_version(kGgmlVersion);
+bool is_version_supported() { return minor_version(ggml_version()) == minor_version(kGgmlVersion); }
+
+// Not to the host's log: a program that names our device stops at once when it is missing, often
+// before its log is written.
+ggml_backend_reg_t refuse(const std::string& reason) {
+  std::fprintf(stderr, "zipcache: not loaded: %s\n", reason.c_str());
+  return nullptr;
 }
 
 }  // namespace
@@ -32,21 +37,15 @@ GGML_BACKEND_API int ggml_backend_score(void) { return 1; }
 // nullptr when the plug-in can't be used, after a line that says why; the host goes on without.
 GGML_BACKEND_API ggml_backend_reg_t ggml_backend_init(void) {
   if (!is_version_supported()) {
-    zipcache::ggml::log_error("built for ggml " + std::string(minor_version(kGgmlVersion)) +
-                              ".x, found ggml " + ggml_version() +
-                              "; build ZipCache against this llama.cpp (ZIPCACHE_LLAMA_DIR)");
-    return nullptr;
+    return refuse("built for ggml " + std::string(minor_version(kGgmlVersion)) + ".x, found " +
+                  ggml_version() + "; build ZipCache for this llama.cpp (ZIPCACHE_LLAMA_DIR)");
   }
   try {
     const auto registry = zipcache::ggml::make_registry();
-    if (registry) {
-      return *registry;
-    }
-    zipcache::ggml::log_error(registry.error().message);
+    return registry ? *registry : refuse(registry.error().message);
   } catch (const std::exception& error) {
-    zipcache::ggml::log_error(error.what());
+    return refuse(error.what());
   }
-  return nullptr;
 }
 
 }  // extern "C"

@@ -13,7 +13,6 @@
 namespace zipcache::ggml {
 
 inline constexpr const char* kDeviceName = "ZipCache";
-inline constexpr const char* kVersion = ZIPCACHE_VERSION;
 
 // Reads the environment, finds the host's CPU device and chooses the kernels; the same registry
 // each time. An error says in one line why the plug-in can't be used.

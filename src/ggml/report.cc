@@ -68,7 +68,7 @@ std::string to_json(const Snapshot& seen) {
                                        {"live_tokens", seen.live_tokens},
                                        {"sealed_share", sealed_share},
                                        {"isa", kernel_table().isa},
-                                       {"version", kVersion}};
+                                       {"version", ZIPCACHE_VERSION}};
   return json.dump();
 }
 
@@ -76,8 +76,8 @@ std::string to_table(const Snapshot& seen) {
   const auto mib = [](std::size_t bytes) { return double(bytes) / (1 << 20); };
   const cache::ByteCount& bytes = seen.bytes;
   return fmt::format(
-      "zipcache: {} tokens x {} layers in {:.2f} MiB instead of {:.2f} MiB fp16: {:.2f}x smaller, "
-      "{:.2f} bits per element\n"
+      "zipcache: {} tokens x {} layers hold {:.2f} MiB, as fp16 {:.2f} MiB: ratio {:.2f}, {:.2f} "
+      "bits per element\n"
       "zipcache:   codes {:.2f} + params {:.2f} + masks {:.2f} + staging {:.2f} + slack {:.2f} "
       "MiB; {}; {}\n",
       seen.live_tokens, seen.n_layers, mib(bytes.total()), mib(bytes.fp16), bytes.ratio(),

@@ -107,8 +107,7 @@ Expected<SettingMap> settings_from_lines(std::string_view lines) {
       return invalid_argument("expected name=value, found '" + std::string(line) + "'");
     }
     if (!is_known(name, policy::setting_help()) && !is_known(name, own_setting_help())) {
-      return invalid_argument("unknown setting '" + name +
-                              "'; known settings: " + list_of_names());
+      return invalid_argument("unknown setting '" + name + "'; known settings: " + list_of_names());
     }
     values[name] = std::string(line.substr(equals + 1));
   }

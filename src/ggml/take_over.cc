@@ -25,12 +25,12 @@ bool is_keys(const ggml_tensor* base) {
   return name && name->tensor == Tensor::kKey;
 }
 
-// [dim, n_cells, n_kv_heads, n_streams] over whole rows of the base, starting at cell 0 of a stream.
+// [dim, n_cells, n_kv_heads, n_streams] over whole rows of the base, starting at cell 0 of a
+// stream.
 bool is_rows_by_head(const ggml_tensor* view, const ggml_tensor* base) {
   return view->nb[0] == sizeof(Half) && view->nb[1] == base->nb[1] &&
-         view->nb[2] == view->ne[0] * sizeof(Half) &&
-         view->ne[0] * view->ne[2] == base->ne[0] && view->view_offs % base->nb[2] == 0 &&
-         (view->ne[3] == 1 || view->nb[3] == base->nb[2]);
+         view->nb[2] == view->ne[0] * sizeof(Half) && view->ne[0] * view->ne[2] == base->ne[0] &&
+         view->view_offs % base->nb[2] == 0 && (view->ne[3] == 1 || view->nb[3] == base->nb[2]);
 }
 
 NodeClass classify_store(const ggml_tensor* node, const ggml_tensor* base) {
@@ -61,9 +61,9 @@ NodeClass classify_attend(const ggml_tensor* node, ggml_backend_buffer_type_t ou
   }
   for (const std::int64_t dim : {keys->ne[0], values->ne[0]}) {
     if (dim % kHeadDimMultiple != 0 || dim > kHeadDimMax) {
-      return refused(NodeKind::kRefusedRead,
-                     "heads of " + std::to_string(dim) + " elements are not served; supported: "
-                     "multiples of 16 up to 512");
+      return refused(NodeKind::kRefusedRead, "heads of " + std::to_string(dim) +
+                                                 " elements are not served; supported: "
+                                                 "multiples of 16 up to 512");
     }
   }
   if (!is_rows_by_head(keys, base_of(keys)) || !is_rows_by_head(values, base_of(values))) {
@@ -74,9 +74,9 @@ NodeClass classify_attend(const ggml_tensor* node, ggml_backend_buffer_type_t ou
       query->ne[2] % keys->ne[2] != 0) {
     return refused(NodeKind::kRefusedRead, "attention queries come in an unknown layout");
   }
-  if (mask != nullptr && (mask->type != GGML_TYPE_F16 || mask->nb[0] != sizeof(Half) ||
-                          mask->ne[0] != keys->ne[1] || mask->ne[1] < query->ne[1] ||
-                          mask->ne[2] != 1 || query->ne[3] % mask->ne[3] != 0)) {
+  if (mask != nullptr &&
+      (mask->type != GGML_TYPE_F16 || mask->nb[0] != sizeof(Half) || mask->ne[0] != keys->ne[1] ||
+       mask->ne[1] < query->ne[1] || mask->ne[2] != 1 || query->ne[3] % mask->ne[3] != 0)) {
     return refused(NodeKind::kRefusedRead, "attention masks per head are not served");
   }
   return {NodeKind::kAttend, {}};
@@ -120,9 +120,13 @@ NodeClass classify(const ggml_tensor* node, ggml_backend_buffer_type_t ours) {
       case GGML_OP_ROPE:
         return classify_shift(node, base);
       default:
-        return refused(NodeKind::kRefusedWrite, std::string(ggml_op_name(node->op)) +
-                                                    " into the KV cache is not served");
+        return refused(NodeKind::kRefusedWrite,
+                       std::string(ggml_op_name(node->op)) + " into the KV cache is not served");
     }
+  }
+  if (node->op == GGML_OP_FLASH_ATTN_EXT && parse_kv_name(base_of(node->src[kKeys])->name) &&
+      !is_kv(node->src[kKeys], ours)) {
+    return {NodeKind::kElsewhere, {}};
   }
   for (const ggml_tensor* source : node->src) {
     if (source == nullptr || !is_kv(source, ours)) {

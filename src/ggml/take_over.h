@@ -18,6 +18,7 @@ enum class NodeKind : std::uint8_t {
   kStore,         // SET_ROWS of new keys or values
   kAttend,        // FLASH_ATTN_EXT over keys and values of ours
   kShift,         // in-place ROPE of keys (context shift)
+  kElsewhere,     // FLASH_ATTN_EXT over a cache in other memory (-nkvo, layers beyond -ngl)
   kRefusedRead,   // reads the cache in a way that is not served; the host copies it out
   kRefusedWrite,  // writes it in a way that is not served; fails when computed
 };
@@ -38,17 +39,17 @@ bool is_kv(const ggml_tensor* tensor, ggml_backend_buffer_type_t ours);
 
 // REQUIRES: classify() says kAttend.
 struct AttendShape {
-  std::uint32_t n_rows = 0;      // query rows per stream
+  std::uint32_t n_rows = 0;  // query rows per stream
   std::uint32_t n_heads = 0;
   std::uint32_t n_kv_heads = 0;
   std::uint32_t key_dim = 0;
   std::uint32_t value_dim = 0;
-  std::uint32_t n_cells = 0;     // cells that the mask covers
+  std::uint32_t n_cells = 0;  // cells that the mask covers
   std::uint32_t first_stream = 0;
   std::uint32_t n_streams = 0;
   float scale = 1.0f;
-  float max_bias = 0.0f;         // ALiBi, 0 = none
-  float softcap = 0.0f;          // 0 = none
+  float max_bias = 0.0f;  // ALiBi, 0 = none
+  float softcap = 0.0f;   // 0 = none
 };
 AttendShape attend_shape(const ggml_tensor* node);
 

@@ -1,4 +1,5 @@
-// Quantizes tokens into a sealed block and back (paper section 4, Algorithms 1 to 3).
+// Quantizes tokens into a sealed block and back (paper section 4, Algorithms 1 to 3). The
+// arithmetic, step by step: docs/formats.md, "How a block is made".
 #pragma once
 
 #include <array>
@@ -17,9 +18,9 @@ enum class Rounding : std::uint8_t {
 };
 
 struct TensorRules {
-  Rounding rounding = Rounding::kFloatMin;
+  Rounding rounding = Rounding::kFloatMin;  // TokenParams::kByte has its own zero point: ignored
   // Per class: the range is shrunk about its centre to this fraction before the scale is computed
-  // (1 = min-max). Codes are clamped.
+  // (1 = min-max), and with kByte then extended to hold 0. Codes are clamped.
   std::array<float, 2> clip{1.0f, 1.0f};
 };
 
@@ -31,9 +32,10 @@ struct QuantRules {
 // Encodes keys [n_tokens, n_kv_heads, key_dim] and values [n_tokens, n_kv_heads, value_dim] (token
 // order) as one block. tiers: [n_kv_heads, n_tokens], tier counts as layout.tier_tokens() says
 // (may be empty when layout.n_tiers() == 1). `block` is layout.total_bytes() long, 64-byte aligned,
-// and is overwritten whole. Arithmetic is float without contraction: the same bytes on every machine.
-// Non-finite inputs: NaN counts as 0 and infinities as the largest finite half in ranges and codes;
-// no NaN reaches a code or parameter.
+// and is overwritten whole. Arithmetic is float without contraction: the same bytes on every
+// machine. Non-finite inputs: NaN counts as 0 and infinities as the largest finite half in ranges
+// and codes; no NaN reaches a code or parameter. Magnitudes above 2^100 count as 2^100; parameters
+// beyond fp16 are stored as its largest finite value.
 void encode_block(const format::BlockLayout& layout, const QuantRules& rules,
                   std::span<const float> keys, std::span<const float> values,
                   std::span<const std::uint8_t> tiers, std::byte* block);

@@ -1,5 +1,6 @@
-// Encoding one tensor, head by head: gather the head's tokens in slot order, divide channel-separable
-// ones by their channel factors, find ranges, turn them into grids, write codes and parameters.
+// Encoding one tensor, head by head: gather the head's tokens in slot order, divide
+// channel-separable ones by their channel factors, find ranges, turn them into grids, write codes
+// and parameters.
 
 #include <cmath>
 #include <cstring>

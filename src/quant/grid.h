@@ -1,5 +1,5 @@
-// From the range of a set of values to the grid that its codes count along: the stored (scale, min),
-// and the arithmetic that turns a value into a code. All of it is float without contraction.
+// From the range of a set of values to the grid that its codes count along: the stored (scale,
+// min), and the arithmetic that turns a value into a code. All of it is float without contraction.
 #pragma once
 
 #include <algorithm>
@@ -45,7 +45,8 @@ float saturated_half(float value);
 // A grid whose scale and min are stored as fp16.
 Grid half_grid(Rounding rounding, Range range, int bits);
 
-// A grid stored as two bytes (TokenParams::kByte) under a class's base. REQUIRES: a range with zero.
+// A grid stored as two bytes (TokenParams::kByte) under a class's base.
+// REQUIRES: a range with zero.
 struct ByteGrid {
   Grid grid;
   std::uint8_t scale_code = 0;

@@ -36,7 +36,7 @@ void codes_by_channel(const float* x, std::size_t n, const ChannelGrids& grids, 
 void codes_by_row(const float* x, std::size_t n, const Grid& grid, float levels,
                   std::uint8_t* codes);
 
-// [rows][columns] -> [columns][rows]: codes are made token by token, V is packed channel by channel.
+// [rows][columns] -> [columns][rows]: codes are made by token, V is packed by channel.
 void transpose(const std::uint8_t* from, std::size_t rows, std::size_t columns, std::uint8_t* to);
 
 }  // namespace zipcache::quant

@@ -5,8 +5,8 @@
 //   weight = exp(logit - lse), lse = ln(sum over visible tokens of exp(logit) [+ exp(sink[head])])
 //   out    = sum over visible tokens of weight * v
 //
-// Query head h reads key-value head h / (n_heads / n_kv_heads). Without a visible token the output is
-// 0 and lse is the sink, or -infinity without sinks.
+// Query head h reads key-value head h / (n_heads / n_kv_heads). Without a visible token the output
+// is 0 and lse is the sink, or -infinity without sinks.
 #pragma once
 
 #include <cstddef>

@@ -1,5 +1,5 @@
-// How the published code packs a row of n codes (a planar order over all channels): what an importer
-// of its caches reads. Never used for blocks of our own.
+// How the published code packs a row of n codes (a planar order over all channels): what an
+// importer of its caches reads. Never used for blocks of our own.
 #pragma once
 
 #include <cstdint>

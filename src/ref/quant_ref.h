@@ -1,6 +1,6 @@
 // The quantizers of the paper (section 4) as formulas, in double and with unrounded parameters: the
-// truth that the block codec is tested against. All matrices are row-major [rows = tokens][columns =
-// channels]. No guards beyond those of the definition, no clipping of ranges unless named.
+// truth that the block codec is tested against. All matrices are row-major [rows = tokens][columns
+// = channels]. No guards beyond those of the definition, no clipping of ranges unless named.
 #pragma once
 
 #include <cstddef>

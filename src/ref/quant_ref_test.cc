@@ -39,12 +39,12 @@ TEST(QuantRef, ChannelSeparableGolden) {
   const Quantized got = channel_separable(v, 3, 4, 2);
   expect_near(got.factors, {1, 1.414214, 2.828427, .632456}, kPrinted);
   EXPECT_EQ(got.codes, (std::vector<int>{1, 0, 3, 1, 3, 1, 0, 3, 0, 1, 3, 0}));
-  expect_near({got.params[0].min, got.params[1].min, got.params[2].min},
-              {-1.414214, -2.12132, -.5}, kPrinted);
+  expect_near({got.params[0].min, got.params[1].min, got.params[2].min}, {-1.414214, -2.12132, -.5},
+              kPrinted);
   expect_near({got.params[0].scale, got.params[1].scale, got.params[2].scale},
               {1.414214, 1.04044, .402369}, kPrinted);
-  expect_near(got.values,
-              {0, -2, 8, 0, 1, -1.528595, -6, .632456, -.5, -.138071, 2, -.316228}, kPrinted);
+  expect_near(got.values, {0, -2, 8, 0, 1, -1.528595, -6, .632456, -.5, -.138071, 2, -.316228},
+              kPrinted);
 }
 
 TEST(QuantRef, TokenwiseGolden) {

@@ -1,7 +1,7 @@
 // The saliency metrics of the paper (section 4.2, 4.3) on a given matrix of attention weights
-// A [n_rows][n_tokens]. `visible` has A's shape and says which tokens a row may see: the count of an
-// Eq. 8 denominator is a count of visible places, never a test for zero. `rows` lists the rows to
-// use (the probes; a row may be listed twice and then counts twice).
+// A [n_rows][n_tokens]. `visible` has A's shape and says which tokens a row may see: the count of
+// an Eq. 8 denominator is a count of visible places, never a test for zero. `rows` lists the rows
+// to use (the probes; a row may be listed twice and then counts twice).
 #pragma once
 
 #include <cstddef>

@@ -5,8 +5,8 @@
 namespace zipcache::ref {
 namespace {
 
-const std::vector<double> kA{1,  0,  0,  0,  .6, .4, 0,  0,   //
-                             .5, .2, .3, 0,  .3, .1, .1, .5};
+const std::vector<double> kA{1,  0,  0,  0, .6, .4, 0,  0,  //
+                             .5, .2, .3, 0, .3, .1, .1, .5};
 const std::vector<std::uint8_t> kCausal{1, 0, 0, 0, 1, 1, 0, 0,  //
                                         1, 1, 1, 0, 1, 1, 1, 1};
 const std::vector<std::size_t> kAllRows{0, 1, 2, 3};

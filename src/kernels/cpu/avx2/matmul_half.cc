@@ -7,6 +7,14 @@ namespace zipcache::kernels::avx2 {
 namespace {
 
 constexpr std::size_t kMaxTileRows = 6;
+// How many inner positions ahead memory is asked for: a tile reads a few lines of every row, which
+// the hardware does not follow. A matrix in memory, 4 rows x 256 lanes x 128: 12.7 us without, 10.4
+// us with; a matrix in cache: no difference.
+constexpr std::size_t kPrefetchRows = 32;
+
+[[gnu::always_inline]] inline __m256 load_column(const std::uint16_t* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
 
 // y[row][8 * kVectors lanes] = sum over inner of x[row][inner] * m[inner][lanes].
 template <int kRows, int kVectors>
@@ -22,18 +30,41 @@ void tile(const std::uint16_t* m, std::size_t half_stride, std::size_t inner, co
   }
   // Rows 3, 4 and 5 from a second base: x86 addresses reach base, base + stride, base + 2 * stride.
   const float* base[2] = {x, x + (kRows > 3 ? 3 : 0) * x_stride};
+  const std::size_t ahead = kPrefetchRows * half_stride;
   for (std::size_t i = 0; i < inner; ++i) {
-    __m256 column[kVectors];
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-      column[v] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(m + v * 8)));
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; v += 4) {
+      _mm_prefetch(m + ahead + v * 8, _MM_HINT_T0);
     }
+    // The shorter side stays in registers, the longer one passes through: 3 rows x 4 vectors
+    // need 16.
+    if constexpr (kRows < kVectors) {
+      __m256 factor[kRows];
 #pragma GCC unroll 8
-    for (int row = 0; row < kRows; ++row) {
-      const __m256 factor = _mm256_set1_ps(base[row / 3][(row % 3) * x_stride]);
+      for (int row = 0; row < kRows; ++row) {
+        factor[row] = _mm256_set1_ps(base[row / 3][(row % 3) * x_stride]);
+      }
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) {
-        sum[row][v] = _mm256_fmadd_ps(factor, column[v], sum[row][v]);
+        const __m256 column = load_column(m + v * 8);
+#pragma GCC unroll 8
+        for (int row = 0; row < kRows; ++row) {
+          sum[row][v] = _mm256_fmadd_ps(factor[row], column, sum[row][v]);
+        }
+      }
+    } else {
+      __m256 column[kVectors];
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) {
+        column[v] = load_column(m + v * 8);
+      }
+#pragma GCC unroll 8
+      for (int row = 0; row < kRows; ++row) {
+        const __m256 factor = _mm256_set1_ps(base[row / 3][(row % 3) * x_stride]);
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) {
+          sum[row][v] = _mm256_fmadd_ps(factor, column[v], sum[row][v]);
+        }
       }
     }
     m += half_stride;

@@ -14,6 +14,7 @@ struct QuantizedRows {
   const char* bytes = nullptr;
   std::size_t row_bytes = 0;
   const float* steps = nullptr;  // [row]: 1 / A, NaN for a row that holds NaN or infinity
+  char* end = nullptr;           // the scratch behind the rows
 };
 
 // x[i .. i+7], zero from position n on.
@@ -67,7 +68,7 @@ struct QuantizedRows {
   for (std::size_t row = 0; row < n_rows; ++row) {
     steps[row] = quantize_row(x + row * x_stride, inner, bytes + row * row_bytes);
   }
-  return {bytes, row_bytes, steps};
+  return {bytes, row_bytes, steps, bytes + n_rows * row_bytes};
 }
 
 }  // namespace zipcache::kernels::avx2

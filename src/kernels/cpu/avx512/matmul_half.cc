@@ -7,6 +7,10 @@ namespace zipcache::kernels::avx512 {
 namespace {
 
 constexpr std::size_t kMaxTileRows = 12;
+// How many inner positions ahead memory is asked for: a tile reads a few lines of every row, which
+// the hardware does not follow. A matrix in memory, 4 rows x 256 lanes x 128: 10.2 us without, 5.2
+// us with; a matrix in cache: no difference.
+constexpr std::size_t kPrefetchRows = 32;
 
 // 16 lanes; `lanes` selects those that may be read.
 template <bool kMasked>
@@ -32,7 +36,12 @@ void tile(const std::uint16_t* m, std::size_t half_stride, std::size_t inner, co
   // 12 rows need 5 registers instead of 12.
   const float* base[4] = {x, x + (kRows > 3 ? 3 : 0) * x_stride, x + (kRows > 6 ? 6 : 0) * x_stride,
                           x + (kRows > 9 ? 9 : 0) * x_stride};
+  const std::size_t ahead = kPrefetchRows * half_stride;
   for (std::size_t i = 0; i < inner; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; v += 2) {
+      _mm_prefetch(m + ahead + v * 16, _MM_HINT_T0);
+    }
     __m512 column[kVectors];
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {

@@ -1,0 +1,80 @@
+// zipcache: the command line. Parses, dispatches, and turns whatever goes wrong into one line.
+#include <fmt/format.h>
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <exception>
+#include <string>
+#include <vector>
+
+#include "cli/run_command.h"
+#include "cli/run_options.h"
+#include "cli/version_command.h"
+
+namespace zipcache::cli {
+namespace {
+
+enum ExitCode : int { kOk = 0, kFailed = 1, kBadUsage = 2, kInterrupted = 130 };
+
+int fail(ExitCode code, const std::string& message) {
+  std::string line = message.substr(0, message.find_last_not_of('\n') + 1);
+  std::replace(line.begin(), line.end(), '\n', ' ');
+  fmt::print(stderr, "zipcache: {}\n", line);
+  return code;
+}
+
+// Arguments last first, as CLI11 takes them. It knows long names with two dashes only, but
+// llama.cpp made "-ub" a habit.
+std::vector<std::string> reversed_arguments(int argc, char** argv) {
+  std::vector<std::string> arguments(argv + 1, argv + argc);
+  std::replace(arguments.begin(), arguments.end(), std::string("-ub"),
+               std::string("--ubatch-size"));
+  std::reverse(arguments.begin(), arguments.end());
+  return arguments;
+}
+
+int dispatch(int argc, char** argv) {
+  CLI::App app("KV-cache compression for llama.cpp models", "zipcache");
+  app.set_version_flag("--version", std::string("zipcache ") + version());
+  app.require_subcommand(1);
+  RunOptions run_options;
+  CLI::App* run_app = app.add_subcommand("run", "Read a text, answer, and show what it cost");
+  add_run_options(*run_app, run_options);
+  VersionOptions version_options;
+  CLI::App* version_app = app.add_subcommand("version", "Version; -v for all that is loaded");
+  version_app->add_flag("-v,--verbose", version_options.is_verbose, "plug-in, kernels, devices");
+  add_plugin_option(*version_app, version_options.plugin_path);
+
+  try {
+    app.parse(reversed_arguments(argc, argv));
+  } catch (const CLI::Success& asked_for) {  // --help, --version
+    return app.exit(asked_for);
+  } catch (const CLI::ParseError& error) {
+    return fail(kBadUsage, std::string(error.what()) + " (see zipcache --help)");
+  }
+  // Read by now. The plug-in refuses ZIPCACHE_ variables that are no settings of its own.
+  unsetenv("ZIPCACHE_PLUGIN");
+
+  if (version_app->parsed()) {
+    print_version(version_options);
+    return kOk;
+  }
+  const Expected<RunEnd> end = run(run_options);
+  if (!end) {
+    return fail(kFailed, end.error().message);
+  }
+  return *end == RunEnd::kInterrupted ? kInterrupted : kOk;
+}
+
+}  // namespace
+}  // namespace zipcache::cli
+
+int main(int argc, char** argv) {
+  try {
+    return zipcache::cli::dispatch(argc, argv);
+  } catch (const std::exception& error) {
+    return zipcache::cli::fail(zipcache::cli::kFailed, error.what());
+  }
+}

@@ -1,0 +1,117 @@
+#include "ggml/settings.h"
+
+#include <gtest/gtest.h>
+
+#include <fstream>
+#include <sstream>
+
+namespace zipcache::ggml {
+namespace {
+
+SettingMap must_read(const std::vector<const char*>& environment) {
+  std::vector<const char*> terminated = environment;
+  terminated.push_back(nullptr);
+  const auto values = settings_from_environment(terminated.data());
+  EXPECT_TRUE(values) << values.error().message;
+  return values ? *values : SettingMap{};
+}
+
+std::string error_of(const std::vector<const char*>& environment) {
+  std::vector<const char*> terminated = environment;
+  terminated.push_back(nullptr);
+  const auto values = settings_from_environment(terminated.data());
+  return values ? "" : values.error().message;
+}
+
+TEST(Environment, TakesItsOwnVariablesOnly) {
+  const SettingMap values =
+      must_read({"HOME=/root", "ZIPCACHE_POLICY=fp16", "PATH=/bin", "ZIPCACHE_LIMIT_MIB=12",
+                 "XZIPCACHE_KEY=1", "ZIPCACHE_KEY_BITS=4,3"});
+  EXPECT_EQ(values, (SettingMap{{"policy", "fp16"}, {"limit-mib", "12"}, {"key-bits", "4,3"}}));
+  EXPECT_TRUE(must_read({}).empty());
+  EXPECT_TRUE(settings_from_environment(nullptr));
+}
+
+TEST(Environment, IgnoresWhatBuildAndTestsUse) {
+  EXPECT_TRUE(
+      must_read({"ZIPCACHE_DATA=/data", "ZIPCACHE_CACHE_DIR=/x", "ZIPCACHE_LLAMA_DIR=/y"}).empty());
+}
+
+TEST(Environment, AMisspeltVariableIsAnErrorThatNamesItAndTheRest) {
+  const std::string error = error_of({"ZIPCACHE_KEYBITS=4"});
+  EXPECT_NE(error.find("ZIPCACHE_KEYBITS"), std::string::npos) << error;
+  EXPECT_NE(error.find("key-bits"), std::string::npos) << error;
+  EXPECT_NE(error.find("limit-mib"), std::string::npos) << error;
+  EXPECT_EQ(error.find('\n'), std::string::npos) << error;
+  EXPECT_NE(error_of({"ZIPCACHE_=1"}), "");
+}
+
+TEST(Environment, EverySettingHasAVariable) {
+  for (const auto* settings : {&policy::setting_help(), &own_setting_help()}) {
+    for (const policy::SettingHelp& help : *settings) {
+      const std::string entry = variable_name(help.name) + "=x";
+      EXPECT_EQ(must_read({entry.c_str()}), (SettingMap{{help.name, "x"}}));
+    }
+  }
+  EXPECT_EQ(variable_name("key-bits"), "ZIPCACHE_KEY_BITS");
+}
+
+TEST(Lines, NameAndValue) {
+  const auto values = settings_from_lines("policy=uniform\n\nkey-bits=4\nreport=a=b");
+  ASSERT_TRUE(values);
+  EXPECT_EQ(*values, (SettingMap{{"policy", "uniform"}, {"key-bits", "4"}, {"report", "a=b"}}));
+  EXPECT_TRUE(settings_from_lines(""));
+  EXPECT_FALSE(settings_from_lines("policy"));
+  EXPECT_FALSE(settings_from_lines("polcy=fp16"));
+}
+
+TEST(MakeSettings, Defaults) {
+  const auto settings = make_settings({});
+  ASSERT_TRUE(settings);
+  EXPECT_EQ(settings->policy->kind, policy::Kind::kZipcache);
+  EXPECT_EQ(settings->budget->limit(), SIZE_MAX);
+  EXPECT_EQ(settings->report, "stderr");
+}
+
+TEST(MakeSettings, Values) {
+  const auto settings = make_settings(
+      {{"policy", "fp16"}, {"limit-mib", "3"}, {"report", "0"}, {"force-isa", "avx2"}});
+  ASSERT_TRUE(settings);
+  EXPECT_EQ(settings->policy->kind, policy::Kind::kFp16);
+  EXPECT_EQ(settings->budget->limit(), std::size_t{3} << 20);
+  EXPECT_EQ(settings->report, "0");
+  EXPECT_EQ(settings->force_isa, "avx2");
+}
+
+TEST(MakeSettings, BadLimits) {
+  for (const char* limit :
+       {"", "0", "-1", "1.5", "12x", "99999999999999999999", "18446744073709"}) {
+    const auto settings = make_settings({{"limit-mib", limit}});
+    ASSERT_FALSE(settings) << limit;
+    EXPECT_NE(settings.error().message.find("limit-mib"), std::string::npos);
+  }
+}
+
+TEST(MakeSettings, ErrorsOfThePolicyComeThrough) {
+  const auto settings = make_settings({{"key-bits", "5"}});
+  ASSERT_FALSE(settings);
+  EXPECT_NE(settings.error().message.find("key-bits"), std::string::npos);
+}
+
+// The table of the user's page is what the code says.
+TEST(Docs, SettingsTable) {
+  std::ifstream file(ZIPCACHE_DOCS_PAGE);
+  ASSERT_TRUE(file) << ZIPCACHE_DOCS_PAGE;
+  std::stringstream page;
+  page << file.rdbuf();
+  std::string table = "| variable | values | what it does |\n|---|---|---|\n";
+  for (const auto* settings : {&policy::setting_help(), &own_setting_help()}) {
+    for (const policy::SettingHelp& help : *settings) {
+      table += "| `" + variable_name(help.name) + "` | " + help.values + " | " + help.help + " |\n";
+    }
+  }
+  EXPECT_NE(page.str().find(table), std::string::npos) << "expected:\n" << table;
+}
+
+}  // namespace
+}  // namespace zipcache::ggml

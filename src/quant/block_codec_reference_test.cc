@@ -1,0 +1,332 @@
+// Every code and parameter of an encoded block against the formulas in double (ref/quant_ref.h),
+// given the rounding of the parameters; and the decoded values against code and parameter.
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <string>
+
+#include "base/half.h"
+#include "quant/codec_test_util.h"
+#include "ref/quant_ref.h"
+
+namespace zipcache::quant {
+namespace {
+
+// Whether `stored` is `exact` rounded to fp16 and saturated. Float arithmetic before the rounding
+// may be off by `slack`.
+::testing::AssertionResult is_rounded(double stored, double exact, double slack) {
+  const double clamped = std::clamp(exact, -65504.0, 65504.0);
+  const double ulp =
+      std::ldexp(1.0, std::max(std::ilogb(clamped == 0 ? 1e-30 : clamped), -14) - 10);
+  if (std::abs(stored - clamped) <= ulp / 2 + slack) {
+    return ::testing::AssertionSuccess();
+  }
+  return ::testing::AssertionFailure() << stored << " is not " << exact << " rounded to fp16";
+}
+
+bool is_near_tie(double steps) {
+  return std::abs(steps - std::floor(steps) - 0.5) < 1e-5 * (1 + std::abs(steps));
+}
+
+class Checker {
+ public:
+  Checker(const CodecCase& c, bool on_grid)
+      : case_(c), encoded_(c), layout_(encoded_.layout()), on_grid_(on_grid) {}
+
+  void check() {
+    for (const Tensor t : kTensors) {
+      decoded_ = encoded_.decoded(t);
+      for (std::uint32_t head = 0; head < layout_.shape().n_kv_heads; ++head) {
+        load(t, head);
+        for (int cls = 0; cls < layout_.tensor(t).n_classes; ++cls) {
+          codes_ = encoded_.codes(t, head, cls);
+          if (layout_.tensor(t).granularity == Granularity::kChannelwise) {
+            check_channelwise(t, head, cls);
+          } else {
+            check_tokenwise(t, head, cls);
+          }
+        }
+      }
+    }
+  }
+
+ private:
+  // rows_[slot][channel] of a head in double, divided by the stored (rounded) channel factors.
+  void load(Tensor t, std::uint32_t head) {
+    const std::size_t dim = layout_.head_dim(t);
+    order_ = order_of(case_, head);
+    rows_ = head_rows(t, head);
+    factors_.assign(dim, 1.0);
+    if (layout_.tensor(t).granularity == Granularity::kChannelSeparable) {
+      const auto exact = ref::channel_factors(rows_, layout_.shape().n_tokens, dim);
+      for (std::size_t c = 0; c < dim; ++c) {
+        factors_[c] = encoded_.value(layout_.channel_factor(t, head), c);
+        EXPECT_TRUE(is_rounded(factors_[c], exact[c], 1e-6 * exact[c])) << "factor " << c;
+      }
+    }
+    for (std::size_t at = 0; at < rows_.size(); ++at) {
+      rows_[at] /= factors_[at % dim];
+    }
+  }
+
+  std::vector<double> head_rows(Tensor t, std::uint32_t head) const {
+    const std::size_t dim = layout_.head_dim(t), n_heads = layout_.shape().n_kv_heads;
+    std::vector<double> rows;
+    for (const std::uint32_t token : order_of(case_, head)) {
+      const float* x = &case_.input(t)[(token * n_heads + head) * dim];
+      rows.insert(rows.end(), x, x + dim);
+    }
+    return rows;
+  }
+
+  ref::QuantParams exact_params(const std::vector<double>& set, Tensor t, int cls) const {
+    return ref::float_min_params(ref::shrunk_range(set, case_.tensor_rules(t).clip[cls]),
+                                 layout_.tensor(t).bits[cls]);
+  }
+
+  // Checks fp16 parameters of a set and returns those that codes follow from.
+  ref::QuantParams check_half_params(const std::vector<double>& set, Tensor t, int cls,
+                                     double scale, double min) const {
+    const ref::QuantParams exact = exact_params(set, t, cls);
+    const double span = std::abs(exact.min) + exact.scale * 256;
+    EXPECT_TRUE(is_rounded(scale, exact.scale, 1e-6 * span));
+    const bool empty_range =
+        std::all_of(set.begin(), set.end(), [&](double x) { return x == set[0]; });
+    if (case_.tensor_rules(t).rounding == Rounding::kFloatMin || empty_range) {
+      EXPECT_TRUE(is_rounded(min, exact.min, 1e-6 * span));
+      return {scale, min};
+    }
+    const double zero_point = -std::nearbyint(exact.min / scale);
+    EXPECT_TRUE(is_rounded(min, -zero_point * scale, 1e-6 * span) ||
+                is_near_tie(exact.min / scale));
+    return {scale, -zero_point * scale};
+  }
+
+  void check_code(double x, const ref::QuantParams& params, Tensor t, int cls, int code) const {
+    const int bits = layout_.tensor(t).bits[cls];
+    const TensorRules& rules = case_.tensor_rules(t);
+    const bool integer = layout_.tensor(t).token_params == TokenParams::kHalf &&
+                         rules.rounding == Rounding::kIntegerOffset;
+    const double steps = (integer ? x : x - params.min) / params.scale;
+    const int want =
+        integer ? ref::integer_offset_code(x, params, bits) : ref::float_min_code(x, params, bits);
+    const bool is_exact = on_grid_ && bits <= 4 && !integer && rules.clip[cls] == 1 &&
+                          layout_.tensor(t).granularity != Granularity::kChannelSeparable &&
+                          layout_.tensor(t).token_params == TokenParams::kHalf;
+    if (is_exact || !is_near_tie(steps)) {
+      ASSERT_EQ(code, want) << "x " << x << " scale " << params.scale << " min " << params.min;
+    } else {
+      ASSERT_NEAR(code, want, 1);
+    }
+  }
+
+  // The decoded element is what (code, stored scale and min, factor) say, in float.
+  void check_decoded(Tensor t, std::uint32_t head, std::size_t slot, std::size_t c, int code,
+                     double scale, double min) const {
+    const std::size_t row = order_[slot] * std::size_t{layout_.shape().n_kv_heads} + head;
+    const float inner = static_cast<float>(scale) * static_cast<float>(code);
+    const float sum = inner + static_cast<float>(min);
+    ASSERT_EQ(decoded_[row * layout_.head_dim(t) + c], static_cast<float>(factors_[c]) * sum);
+  }
+
+  void check_channelwise(Tensor t, std::uint32_t head, int cls) {
+    const std::size_t dim = layout_.head_dim(t), first = layout_.first_slot(t, cls);
+    const std::size_t n = layout_.class_tokens(t, cls);
+    const std::size_t params = layout_.channel_scale_min(t, head, cls);
+    for (std::size_t c = 0; n > 0 && c < dim; ++c) {
+      std::vector<double> set;
+      for (std::size_t slot = 0; slot < n; ++slot) {
+        set.push_back(rows_[(first + slot) * dim + c]);
+      }
+      const double scale = encoded_.value(params, c), min = encoded_.value(params, dim + c);
+      const ref::QuantParams used = check_half_params(set, t, cls, scale, min);
+      for (std::size_t slot = 0; slot < n; ++slot) {
+        check_code(set[slot], used, t, cls, codes_[slot * dim + c]);
+        check_decoded(t, head, first + slot, c, codes_[slot * dim + c], scale, min);
+      }
+    }
+  }
+
+  void check_tokenwise(Tensor t, std::uint32_t head, int cls) {
+    const std::size_t dim = layout_.head_dim(t), width = layout_.group_channels(t);
+    const std::size_t first = layout_.first_slot(t, cls);
+    check_base(t, head, cls);
+    for (std::size_t slot = first; slot < first + layout_.class_tokens(t, cls); ++slot) {
+      for (std::uint32_t group = 0; group < layout_.n_groups(t); ++group) {
+        double scale, min;
+        const ref::QuantParams used = check_token_params(t, head, cls, group, slot, &scale, &min);
+        for (std::size_t c = group * width; c < (group + 1) * width; ++c) {
+          const int code = codes_[(slot - first) * dim + c];
+          check_code(rows_[slot * dim + c], used, t, cls, code);
+          check_decoded(t, head, slot, c, code, scale, min);
+        }
+      }
+    }
+  }
+
+  std::vector<double> token_set(Tensor t, std::uint32_t group, std::size_t slot) const {
+    const std::size_t dim = layout_.head_dim(t), width = layout_.group_channels(t);
+    if (!layout_.tensor(t).slot_shared) {
+      const auto begin = rows_.begin() + static_cast<std::ptrdiff_t>(slot * dim + group * width);
+      return {begin, begin + static_cast<std::ptrdiff_t>(width)};
+    }
+    std::vector<double> set;  // slot j of every head, over that head's own factors
+    for (std::uint32_t other = 0; other < layout_.shape().n_kv_heads; ++other) {
+      const std::vector<double> rows = head_rows(t, other);
+      for (std::size_t c = 0; c < dim; ++c) {
+        const bool separable = layout_.tensor(t).granularity == Granularity::kChannelSeparable;
+        const double factor = separable ? encoded_.value(layout_.channel_factor(t, other), c) : 1.0;
+        set.push_back(rows[slot * dim + c] / factor);
+      }
+    }
+    return set;
+  }
+
+  ref::QuantParams check_token_params(Tensor t, std::uint32_t head, int cls, std::uint32_t group,
+                                      std::size_t slot, double* scale, double* min) const {
+    const std::size_t stored = layout_.token_scale_min(t, head, group);
+    const std::size_t n_tokens = layout_.shape().n_tokens;
+    const std::vector<double> set = token_set(t, group, slot);
+    if (layout_.tensor(t).token_params == TokenParams::kHalf) {
+      *scale = encoded_.value(stored, slot);
+      *min = encoded_.value(stored, n_tokens + slot);
+      return check_half_params(set, t, cls, *scale, *min);
+    }
+    const double levels = (1 << layout_.tensor(t).bits[cls]) - 1;
+    const auto range = zero_range(set, t, cls);
+    const double base = encoded_.value(layout_.token_base(t, head), cls);
+    const auto scale_of = [&](int e) {
+      return base * (1 + (e & 15) / 16.0) * std::ldexp(1.0, (e >> 4) - 15);
+    };
+    *scale = scale_of(encoded_.byte(stored, slot));
+    const double exact = (range[1] - range[0]) / levels;
+    for (int e = 0; e < 256; ++e) {
+      EXPECT_LE(std::abs(*scale - exact), std::abs(scale_of(e) - exact) + 1e-6 * exact);
+    }
+    const int z = encoded_.byte(stored, n_tokens + slot);
+    EXPECT_LE(std::abs(z - std::clamp(-range[0] / *scale * 255 / levels, 0.0, 255.0)), 0.5001);
+    *min = format::byte_min(static_cast<float>(*scale), static_cast<std::uint8_t>(z),
+                            layout_.tensor(t).bits[cls]);
+    EXPECT_NEAR(*min, -*scale * z * levels / 255, 1e-6 * *scale * levels);
+    return {*scale, *min};
+  }
+
+  // Clipped, then extended to hold 0.
+  std::vector<double> zero_range(const std::vector<double>& set, Tensor t, int cls) const {
+    auto range = ref::shrunk_range(set, case_.tensor_rules(t).clip[cls]);
+    return {std::min(range[0], 0.0), std::max(range[1], 0.0)};
+  }
+
+  void check_base(Tensor t, std::uint32_t head, int cls) const {
+    const TensorFormat& f = layout_.tensor(t);
+    if (f.token_params != TokenParams::kByte || layout_.class_tokens(t, cls) == 0) {
+      return;
+    }
+    double widest = 0;
+    const std::size_t first = layout_.first_slot(t, cls);
+    for (std::size_t slot = first; slot < first + layout_.class_tokens(t, cls); ++slot) {
+      for (std::uint32_t group = 0; group < layout_.n_groups(t); ++group) {
+        const auto range = zero_range(token_set(t, group, slot), t, cls);
+        widest = std::max(widest, range[1] - range[0]);
+      }
+    }
+    const double levels = (1 << f.bits[cls]) - 1;
+    EXPECT_TRUE(is_rounded(encoded_.value(layout_.token_base(t, head), cls),
+                           widest / levels * 16 / 31, 1e-6 * widest));
+  }
+
+  const CodecCase& case_;
+  const Encoded encoded_;
+  const BlockLayout& layout_;
+  const bool on_grid_;
+  std::vector<std::uint32_t> order_;
+  std::vector<double> rows_, factors_;
+  std::vector<float> decoded_;
+  std::vector<std::uint8_t> codes_;
+};
+
+struct Variant {
+  std::string name;
+  TensorFormat key, value;
+  QuantRules rules;
+};
+
+TensorFormat two_classes(Granularity granularity, std::uint8_t high, std::uint8_t low) {
+  TensorFormat f;
+  f.granularity = granularity;
+  f.n_classes = 2;
+  f.bits = {high, low};
+  return f;
+}
+
+std::vector<Variant> variants() {
+  const auto channelwise = two_classes(Granularity::kChannelwise, 4, 3);
+  const auto separable = two_classes(Granularity::kChannelSeparable, 3, 2);
+  const auto tokenwise = two_classes(Granularity::kTokenwise, 4, 2);
+  const auto with = [](TensorFormat f, auto change) {
+    change(f);
+    return f;
+  };
+  const auto bytes = [](TensorFormat& f) { f.token_params = TokenParams::kByte; };
+  const auto groups = [](TensorFormat& f) { f.group_channels = 16; };
+  const auto slots = [](TensorFormat& f) { f.slot_shared = true; };
+  const auto one_class = [](TensorFormat& f) { f.n_classes = 1; };
+  QuantRules clipped;
+  clipped.key.clip = {0.9f, 0.7f};
+  clipped.value.clip = {1.0f, 0.75f};
+  QuantRules integer;
+  integer.key.rounding = integer.value.rounding = Rounding::kIntegerOffset;
+  const auto wide = two_classes(Granularity::kChannelwise, 8, 2);
+  const auto wide_bytes = with(two_classes(Granularity::kChannelSeparable, 8, 4), bytes);
+  return {
+      {"default", channelwise, with(separable, bytes), {}},
+      {"default_clipped", channelwise, with(separable, bytes), clipped},
+      {"half", channelwise, separable, clipped},
+      {"official", channelwise, with(separable, slots), {}},
+      {"official_clipped", channelwise, with(separable, slots), clipped},
+      {"paper", channelwise, separable, integer},
+      {"paper_clipped", two_classes(Granularity::kChannelwise, 4, 2), tokenwise, integer},
+      {"uniform", with(channelwise, one_class), with(separable, one_class), {}},
+      {"tokenwise", tokenwise, tokenwise, {}},
+      {"tokenwise_bytes", with(tokenwise, bytes), with(tokenwise, bytes), clipped},
+      {"groupwise", with(tokenwise, groups), with(tokenwise, groups), clipped},
+      {"groupwise_separable_bytes",
+       with(with(separable, groups), bytes),
+       with(with(separable, groups), bytes),
+       {}},
+      {"swapped", separable, channelwise, clipped},
+      {"tokenwise_slots", with(tokenwise, slots), with(tokenwise, slots), integer},
+      {"wide", wide, wide_bytes, clipped},
+  };
+}
+
+class BlockCodecReference : public ::testing::TestWithParam<Variant> {};
+
+TEST_P(BlockCodecReference, CodesParamsAndValues) {
+  struct Size {
+    std::uint32_t n_tokens, n_heads, key_dim, value_dim, key_salient, value_salient;
+  };
+  std::uint64_t seed = 1;
+  for (const Size& size :
+       {Size{1, 1, 16, 16, 0, 1}, Size{2, 3, 32, 16, 1, 0}, Size{17, 2, 16, 48, 17, 5},
+        Size{33, 1, 64, 32, 16, 16}, Size{70, 2, 32, 32, 20, 35}}) {
+    BlockShape shape{size.n_tokens,  size.n_heads,   size.key_dim,
+                     size.value_dim, GetParam().key, GetParam().value};
+    shape.key.class0_tokens = size.key_salient;
+    shape.value.class0_tokens = size.value_salient;
+    for (const bool on_grid : {true, false}) {
+      SCOPED_TRACE(::testing::Message() << size.n_tokens << " tokens, on grid " << on_grid);
+      Checker(make_case(shape, GetParam().rules, on_grid, ++seed), on_grid).check();
+      if (HasFailure()) {
+        return;
+      }
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Variants, BlockCodecReference, ::testing::ValuesIn(variants()),
+                         [](const auto& info) { return info.param.name; });
+
+}  // namespace
+}  // namespace zipcache::quant
