@@ -6,7 +6,7 @@ For models that nobody publishes: an odd head size, an unknown architecture.
 import random
 import struct
 
-UINT32, FLOAT32, STRING, ARRAY = 4, 6, 8, 9
+UINT32, INT32, FLOAT32, STRING, ARRAY = 4, 5, 6, 8, 9
 F32, ALIGNMENT = 0, 32
 
 
@@ -18,7 +18,7 @@ def _text(value):
 def _value(kind, value):
     if kind == STRING:
         return _text(value)
-    return struct.pack("<I" if kind == UINT32 else "<f", value)
+    return struct.pack({UINT32: "<I", INT32: "<i", FLOAT32: "<f"}[kind], value)
 
 
 def _pair(key, kind, value):
@@ -50,7 +50,7 @@ def write_llama(path, head_dim, n_heads=2, n_layers=2, architecture="llama"):
         ("tokenizer.ggml.model", STRING, "gpt2"),
         ("tokenizer.ggml.pre", STRING, "gpt-2"),
         ("tokenizer.ggml.tokens", STRING, tokens),
-        ("tokenizer.ggml.token_type", UINT32, [1] * 256 + [3]),
+        ("tokenizer.ggml.token_type", INT32, [1] * 256 + [3]),
         ("tokenizer.ggml.merges", STRING, ["a b"]),
         ("tokenizer.ggml.eos_token_id", UINT32, 256),
     ]

@@ -11,6 +11,21 @@ namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLog2E = 1.4426950408889634f;
 
+// First cell of a segment whose cells follow each other, which lets the mask be read by words; else
+// kNoCell.
+std::uint32_t contiguous_from(const Segment& segment) {
+  if (segment.block != nullptr) {
+    return segment.block->cells.empty() ? segment.block->first_cell : kNoCell;
+  }
+  const std::uint32_t* cells = segment.page->cells;
+  for (std::uint32_t i = 0; i < kPageTokens; ++i) {
+    if (cells[i] != cells[0] + i) {
+      return kNoCell;
+    }
+  }
+  return cells[0];
+}
+
 }  // namespace
 
 void Attention::Impl::run_unit(std::uint32_t unit, Worker& worker) const {
@@ -67,13 +82,14 @@ void Attention::Impl::load_queries(std::uint32_t head, std::uint32_t tile, Worke
 Sight Attention::Impl::look(const Segment& segment, std::uint32_t tile, Worker& worker) const {
   const std::uint32_t n = SegmentMath::n_tokens(segment);
   const std::uint32_t words = (n + 63) / 64;
+  const std::uint32_t first_cell = contiguous_from(segment);
   std::uint64_t some = 0;
   bool all = true;
   for (std::uint32_t t = 0; t < tile_size(tile); ++t) {
     const std::uint32_t row = query.first_row + tile * tile_tokens + t;
     std::uint64_t* seen = worker.seen.data() + std::size_t{t} * words;
-    if (segment.block != nullptr && segment.block->cells.empty()) {
-      query.visible->extract(row, segment.block->first_cell, n, seen);
+    if (first_cell != kNoCell) {
+      query.visible->extract(row, first_cell, n, seen);
     } else {
       std::fill_n(seen, words, 0);
       for (std::uint32_t i = 0; i < n; ++i) {

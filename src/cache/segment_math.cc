@@ -2,44 +2,17 @@
 
 #include <algorithm>
 
+#include "format/block_params.h"
+
 namespace zipcache::cache {
 namespace {
 
 using format::BlockLayout;
 using format::Granularity;
 using format::Tensor;
-using format::TokenParams;
 
-const Half* halves(const SealedBlock& block, std::size_t offset) {
-  return reinterpret_cast<const Half*>(block.bytes.data() + offset);
-}
-
-void to_floats(const Half* in, std::size_t n, float* out) {
-  for (std::size_t i = 0; i < n; ++i) {
-    out[i] = half_to_float(in[i]);
-  }
-}
-
-// (scale, min) of the tokens of a class and channel group.
-void load_token_params(const SealedBlock& block, Tensor tensor, std::uint32_t head, int cls,
-                       std::uint32_t group, float* scale, float* min) {
-  const BlockLayout& layout = *block.layout;
-  const std::uint32_t first = layout.first_slot(tensor, cls);
-  const std::uint32_t n = layout.class_tokens(tensor, cls);
-  const std::size_t offset = layout.token_scale_min(tensor, head, group);
-  const std::uint32_t n_tokens = layout.shape().n_tokens;
-  if (layout.tensor(tensor).token_params == TokenParams::kHalf) {
-    to_floats(halves(block, offset) + first, n, scale);
-    to_floats(halves(block, offset) + n_tokens + first, n, min);
-    return;
-  }
-  const auto* e = reinterpret_cast<const std::uint8_t*>(block.bytes.data() + offset);
-  const float base = half_to_float(halves(block, layout.token_base(tensor, head))[cls]);
-  const int bits = layout.tensor(tensor).bits[static_cast<std::size_t>(cls)];
-  for (std::uint32_t i = 0; i < n; ++i) {
-    scale[i] = format::byte_scale(base, e[first + i]);
-    min[i] = format::byte_min(scale[i], e[n_tokens + first + i], bits);
-  }
+const std::byte* at(const SealedBlock& block, std::size_t offset) {
+  return block.bytes.data() + offset;
 }
 
 }  // namespace
@@ -99,17 +72,17 @@ void SegmentMath::key_class(const SealedBlock& block, std::uint32_t head, int cl
   float* folded = scratch.operand.data();
 
   if (format.granularity == Granularity::kChannelwise) {
-    const Half* params = halves(block, layout.channel_scale_min(Tensor::kKey, head, cls));
-    to_floats(params, key_dim_, scratch.channel_a.data());
-    to_floats(params + key_dim_, key_dim_, scratch.channel_b.data());
+    const std::byte* params = at(block, layout.channel_scale_min(Tensor::kKey, head, cls));
+    format::load_halves(params, key_dim_, scratch.channel_a.data());
+    format::load_halves(params + key_dim_ * sizeof(Half), key_dim_, scratch.channel_b.data());
     const std::size_t inner = format::padded_inner(bits, key_dim_);
     for (std::size_t row = 0; row < n_rows; ++row) {
       float* x = folded + row * inner;
       kernels_.multiply(x, q + row * key_dim_, scratch.channel_a.data(), key_dim_);
       std::fill(x + key_dim_, x + inner, 0.0f);
     }
-    multiply({block.bytes.data() + layout.codes(Tensor::kKey, head, cls, 0), bits, n, key_dim_, 0},
-             folded, inner, n_rows, out, stride, scratch);
+    multiply({at(block, layout.codes(Tensor::kKey, head, cls, 0)), bits, n, key_dim_, 0}, folded,
+             inner, n_rows, out, stride, scratch);
     for (std::size_t row = 0; row < n_rows; ++row) {
       const float beta = kernels_.dot(q + row * key_dim_, scratch.channel_b.data(), key_dim_);
       float* s = out + row * stride;
@@ -123,15 +96,15 @@ void SegmentMath::key_class(const SealedBlock& block, std::uint32_t head, int cl
   const std::uint32_t width = layout.group_channels(Tensor::kKey);
   const std::size_t inner = format::padded_inner(bits, width);
   if (format.granularity == Granularity::kChannelSeparable) {
-    to_floats(halves(block, layout.channel_factor(Tensor::kKey, head)), key_dim_,
-              scratch.channel_a.data());
+    format::load_halves(at(block, layout.channel_factor(Tensor::kKey, head)), key_dim_,
+                        scratch.channel_a.data());
   } else {
     std::fill_n(scratch.channel_a.begin(), key_dim_, 1.0f);
   }
   for (std::uint32_t group = 0; group < layout.n_groups(Tensor::kKey); ++group) {
     const std::size_t first_channel = std::size_t{group} * width;
-    load_token_params(block, Tensor::kKey, head, cls, group, scratch.token_scale.data(),
-                      scratch.token_min.data());
+    format::load_token_params(layout, block.bytes.data(), Tensor::kKey, head, cls, group,
+                              scratch.token_scale.data(), scratch.token_min.data());
     for (std::size_t row = 0; row < n_rows; ++row) {
       float* x = folded + row * inner;
       kernels_.multiply(x, q + row * key_dim_ + first_channel,
@@ -139,8 +112,8 @@ void SegmentMath::key_class(const SealedBlock& block, std::uint32_t head, int cl
       std::fill(x + width, x + inner, 0.0f);
     }
     const std::size_t product_stride = round_up(n, 16);
-    multiply({block.bytes.data() + layout.codes(Tensor::kKey, head, cls, group), bits, n, width, 0},
-             folded, inner, n_rows, scratch.product.data(), product_stride, scratch);
+    multiply({at(block, layout.codes(Tensor::kKey, head, cls, group)), bits, n, width, 0}, folded,
+             inner, n_rows, scratch.product.data(), product_stride, scratch);
     for (std::size_t row = 0; row < n_rows; ++row) {
       const float* product = scratch.product.data() + row * product_stride;
       const float* x = folded + row * inner;
@@ -187,14 +160,14 @@ void SegmentMath::value_class(const SealedBlock& block, std::uint32_t head, int 
   const float* class_weights = weights + layout.first_slot(Tensor::kValue, cls);
   const bool channelwise = format.granularity == Granularity::kChannelwise;
   if (channelwise) {
-    const Half* params = halves(block, layout.channel_scale_min(Tensor::kValue, head, cls));
-    to_floats(params, value_dim_, scratch.channel_a.data());
-    to_floats(params + value_dim_, value_dim_, scratch.channel_b.data());
+    const std::byte* params = at(block, layout.channel_scale_min(Tensor::kValue, head, cls));
+    format::load_halves(params, value_dim_, scratch.channel_a.data());
+    format::load_halves(params + value_dim_ * sizeof(Half), value_dim_, scratch.channel_b.data());
     std::fill_n(scratch.token_scale.begin(), n, 1.0f);
     std::fill_n(scratch.token_min.begin(), n, 1.0f);  // mu = sum of weights
   } else if (format.granularity == Granularity::kChannelSeparable) {
-    to_floats(halves(block, layout.channel_factor(Tensor::kValue, head)), value_dim_,
-              scratch.channel_a.data());
+    format::load_halves(at(block, layout.channel_factor(Tensor::kValue, head)), value_dim_,
+                        scratch.channel_a.data());
   } else {
     std::fill_n(scratch.channel_a.begin(), value_dim_, 1.0f);
   }
@@ -202,17 +175,16 @@ void SegmentMath::value_class(const SealedBlock& block, std::uint32_t head, int 
   const std::uint32_t width = layout.group_channels(Tensor::kValue);
   for (std::uint32_t group = 0; group < layout.n_groups(Tensor::kValue); ++group) {
     if (!channelwise) {
-      load_token_params(block, Tensor::kValue, head, cls, group, scratch.token_scale.data(),
-                        scratch.token_min.data());
+      format::load_token_params(layout, block.bytes.data(), Tensor::kValue, head, cls, group,
+                                scratch.token_scale.data(), scratch.token_min.data());
     }
     for (std::size_t row = 0; row < n_rows; ++row) {
       float* x = scratch.operand.data() + row * inner;
       kernels_.multiply(x, class_weights + row * stride, scratch.token_scale.data(), n);
       std::fill(x + n, x + inner, 0.0f);
     }
-    multiply(
-        {block.bytes.data() + layout.codes(Tensor::kValue, head, cls, group), bits, width, n, 0},
-        scratch.operand.data(), inner, n_rows, scratch.product.data(), width, scratch);
+    multiply({at(block, layout.codes(Tensor::kValue, head, cls, group)), bits, width, n, 0},
+             scratch.operand.data(), inner, n_rows, scratch.product.data(), width, scratch);
     const std::size_t first_channel = std::size_t{group} * width;
     const float* a = scratch.channel_a.data() + first_channel;
     const float* b = scratch.channel_b.data() + first_channel;

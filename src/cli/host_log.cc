@@ -29,10 +29,11 @@ HostLog& host_log() {
   return log;
 }
 
+bool is_plugin(const std::string& line) { return line.starts_with(kPluginPrefix); }
+
 void end_line(HostLog& log) {
   const bool is_error = log.level == GGML_LOG_LEVEL_ERROR;
-  const bool is_plugin_warning =
-      log.level == GGML_LOG_LEVEL_WARN && log.line.starts_with(kPluginPrefix);
+  const bool is_plugin_warning = log.level == GGML_LOG_LEVEL_WARN && is_plugin(log.line);
   if ((is_error || is_plugin_warning) && !log.line.empty()) {
     log.kept.push_back(log.line);
   }
@@ -75,6 +76,12 @@ void install_host_log(bool verbose) {
   llama_log_set(receive, nullptr);
 }
 
+bool has_plugin_warning() {
+  HostLog& log = host_log();
+  const std::lock_guard lock(log.mutex);
+  return std::any_of(log.kept.begin(), log.kept.end(), is_plugin);
+}
+
 std::string explain_failure(std::string_view fallback) {
   HostLog& log = host_log();
   const std::lock_guard lock(log.mutex);
@@ -84,7 +91,6 @@ std::string explain_failure(std::string_view fallback) {
   }
   // The plug-in says what to do, and the loader sums up what it found, unless it only repeats the
   // file's name. Otherwise the first line is the cause and the others are its consequences.
-  const auto is_plugin = [](const std::string& line) { return line.starts_with(kPluginPrefix); };
   const auto is_summary = [](const std::string& line) {
     return line.find(kLoadingError) != std::string::npos &&
            line.find("failed to load model from") == std::string::npos;

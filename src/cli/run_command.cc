@@ -216,6 +216,9 @@ Expected<RunEnd> run(const RunOptions& options) {
   if (!session) {
     return session.error();
   }
+  if (has_plugin_warning()) {
+    return unsupported(options.model_path + ": " + explain_failure(""));
+  }
   print_kept_lines();
 
   RunStatistics statistics{

@@ -150,6 +150,9 @@ std::uint8_t encode_byte_scale(float base, float scale);
 // 1 where that would be 0.
 float byte_scale_base(float largest);
 float byte_min(float scale, std::uint8_t z, int bits);
+// The same for n tokens.
+void byte_params(float base, int bits, const std::uint8_t* e, const std::uint8_t* z, std::size_t n,
+                 float* scale, float* min);
 
 // Tier of each token of a head, read from / written to the tier planes. `tiers` is n_tokens long.
 void read_tiers(const BlockLayout& layout, const std::byte* block, std::uint32_t head,

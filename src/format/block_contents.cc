@@ -95,6 +95,14 @@ float byte_min(float scale, std::uint8_t z, int bits) {
   return 0.0f - scale * (static_cast<float>(z * levels) / 255.0f);
 }
 
+void byte_params(float base, int bits, const std::uint8_t* e, const std::uint8_t* z, std::size_t n,
+                 float* scale, float* min) {
+  for (std::size_t i = 0; i < n; ++i) {
+    scale[i] = byte_scale(base, e[i]);
+    min[i] = byte_min(scale[i], z[i], bits);
+  }
+}
+
 void read_tiers(const BlockLayout& layout, const std::byte* block, std::uint32_t head,
                 std::uint8_t* tiers) {
   const std::uint32_t n_tokens = layout.shape().n_tokens;

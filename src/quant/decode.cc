@@ -5,7 +5,7 @@
 
 #include "base/aligned.h"
 #include "base/check.h"
-#include "base/half.h"
+#include "format/block_params.h"
 #include "quant/block_codec.h"
 #include "quant/row_ops.h"
 
@@ -15,15 +15,10 @@ namespace {
 using format::BlockLayout;
 using format::Granularity;
 using format::Tensor;
-using format::TokenParams;
 
 AlignedVector<float> load_halves(const std::byte* from, std::size_t n) {
   AlignedVector<float> out(n);
-  for (std::size_t h = 0; h < n; ++h) {
-    Half half;
-    std::memcpy(&half, from + h * sizeof(Half), sizeof(Half));
-    out[h] = half_to_float(half);
-  }
+  format::load_halves(from, n, out.data());
   return out;
 }
 
@@ -99,41 +94,24 @@ class TensorDecoder {
   void decode_tokenwise(std::uint32_t head, int cls, std::uint32_t group) {
     const std::size_t width = layout_.group_channels(tensor_);
     const std::size_t first = layout_.first_slot(tensor_, cls);
-    const auto params = load_token_params(head, group);
+    const std::size_t n_slots = layout_.class_tokens(tensor_, cls);
+    AlignedVector<float> scales(n_slots), mins(n_slots);
+    format::load_token_params(layout_, block_, tensor_, head, cls, group, scales.data(),
+                              mins.data());
     const bool separable = format_.granularity == Granularity::kChannelSeparable;
     const AlignedVector<float> factors =
         separable ? load_halves(block_ + layout_.channel_factor(tensor_, head), n_channels_)
                   : AlignedVector<float>(n_channels_, 1.0f);
     const float* factor = &factors[group * width];
-    for (std::size_t slot = 0; slot < layout_.class_tokens(tensor_, cls); ++slot) {
-      const float scale = params[first + slot];
-      const float min = params[n_tokens_ + first + slot];
+    for (std::size_t slot = 0; slot < n_slots; ++slot) {
+      const float scale = scales[slot];
+      const float min = mins[slot];
       const std::uint8_t* codes = &codes_[slot * width];
       float* out = destination(head, first + slot) + group * width;
       for (std::size_t c = 0; c < width; ++c) {
         out[c] = factor[c] * (scale * codes[c] + min);
       }
     }
-  }
-
-  // scale[n_tokens], min[n_tokens] of a channel group, in slot order.
-  AlignedVector<float> load_token_params(std::uint32_t head, std::uint32_t group) {
-    const std::byte* stored = block_ + layout_.token_scale_min(tensor_, head, group);
-    if (format_.token_params == TokenParams::kHalf) {
-      return load_halves(stored, 2 * n_tokens_);
-    }
-    const auto bases = load_halves(block_ + layout_.token_base(tensor_, head), format_.n_classes);
-    AlignedVector<float> out(2 * n_tokens_);
-    for (int cls = 0; cls < format_.n_classes; ++cls) {
-      const std::size_t first = layout_.first_slot(tensor_, cls);
-      const std::size_t end = first + layout_.class_tokens(tensor_, cls);
-      for (std::size_t slot = first; slot < end; ++slot) {
-        const auto zero_point = std::to_integer<std::uint8_t>(stored[n_tokens_ + slot]);
-        out[slot] = format::byte_scale(bases[cls], std::to_integer<std::uint8_t>(stored[slot]));
-        out[n_tokens_ + slot] = format::byte_min(out[slot], zero_point, format_.bits[cls]);
-      }
-    }
-    return out;
   }
 
   const BlockLayout& layout_;
