@@ -12,6 +12,7 @@ run: build models  ## Build everything, fetch a small model, show the compressed
 	tools/demo.sh
 
 test: build models  ## Build everything and run all tests
+	tools/fetch.py gemma3
 	ctest --preset release -j2 --output-on-failure
 
 build: deps  ## Build the release preset and what it needs (default)

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Reads a real long text (the manual of llama.cpp's server) into a small model, asks about it, and
-# prints what the compressed cache cost beside FP16. Further arguments go to `zipcache run`.
+# prints what the compressed cache cost beside FP16. Further arguments go to `zipcache run`; try
+# --plain, --mode paper or --policy uniform --key-bits 2.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -15,5 +16,6 @@ for file in "$zipcache" "$model" "$text"; do
   fi
 done
 
-exec "$zipcache" run --model "$model" --file "$text" --max-prompt-tokens 6500 \
-  --prompt "What is this text about, and what can a user set?" -n 128 "$@"
+# 6483 tokens end with the table of sampling options, where the answer is (a row says "default: 64").
+exec "$zipcache" run --model "$model" --file "$text" --max-prompt-tokens 6483 \
+  --prompt "What is the default value of --repeat-last-n? Answer with a number." -n 128 "$@"

@@ -63,7 +63,7 @@ TEST(MakePolicy, DefaultMode) {
   EXPECT_EQ(policy.hold_tokens, 28u);
   EXPECT_EQ(policy.seal_tokens, 64u);
   EXPECT_EQ(policy.seal_multiple, 32u);
-  EXPECT_EQ(policy.block_tokens, 256u);
+  EXPECT_EQ(policy.block_tokens, 512u);
   EXPECT_FALSE(policy.requantize_all);
   EXPECT_EQ(policy.metric, Metric::kNormalized);
   EXPECT_EQ(policy.probes, ProbeRule::kDefault);
@@ -120,7 +120,7 @@ TEST(MakePolicy, Uniform) {
   EXPECT_EQ(policy.hold_tokens, 32u);
   EXPECT_EQ(policy.seal_tokens, 64u);
   EXPECT_EQ(policy.seal_multiple, 32u);
-  EXPECT_EQ(policy.block_tokens, 256u);
+  EXPECT_EQ(policy.block_tokens, 512u);
 }
 
 TEST(MakePolicy, UniformGranularities) {
@@ -316,10 +316,10 @@ TEST(Describe, OneLine) {
   EXPECT_EQ(describe(policy_of({})),
             "zipcache default: K channelwise 4/3 bits (30 % salient, clip 1/0.9), V "
             "channel-separable 3/2 bits (50 % salient, clip 1/0.75, byte params); 4 sinks, hold "
-            "28, seal 64 in blocks of 256; metric normalized, probes default, seed 0");
+            "28, seal 64 in blocks of 512; metric normalized, probes default, seed 0");
   EXPECT_EQ(describe(policy_of({{"policy", "uniform"}, {"granularity", "groupwise"}})),
             "uniform: K tokenwise by 32 4 bits (clip 1, half params), V tokenwise by 32 4 bits "
-            "(clip 1, half params); 0 sinks, hold 32, seal 64 in blocks of 256");
+            "(clip 1, half params); 0 sinks, hold 32, seal 64 in blocks of 512");
 }
 
 TEST(ToSettings, MakesTheSamePolicyAgain) {

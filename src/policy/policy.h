@@ -45,7 +45,7 @@ struct Policy {
   std::uint32_t hold_tokens = 28;
   std::uint32_t seal_tokens = 64;
   std::uint32_t seal_multiple = 32;
-  std::uint32_t block_tokens = 256;
+  std::uint32_t block_tokens = 512;
   // `official`: whenever tokens are sealed, every sealed token of the sequence is quantized anew
   // with them, its class kept.
   bool requantize_all = false;

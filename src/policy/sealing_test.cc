@@ -16,7 +16,7 @@ Policy policy_of(const std::map<std::string, std::string>& settings) {
 }
 
 TEST(PlanSeal, DefaultSealsEvenBlocksOldestFirst) {
-  const Policy policy = policy_of({});
+  const Policy policy = policy_of({{"block", "256"}});
   EXPECT_EQ(plan_seal(policy, 0, 1), Blocks{});
   EXPECT_EQ(plan_seal(policy, 63, 1), Blocks{});
   EXPECT_EQ(plan_seal(policy, 64, 1), (Blocks{64}));

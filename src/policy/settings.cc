@@ -173,7 +173,7 @@ const std::vector<SettingSpec>& setting_specs() {
         "staged tokens that start a quantization (default 64; paper and official 100)"},
        {kU, kZ}},
       {{"block", "0 or 32..65536 in steps of 32; paper and official 0 or 16..65536",
-        "most tokens of one block, 0 for no limit (default 256; paper and official 0)"},
+        "most tokens of one block, 0 for no limit (default 512; paper and official 0)"},
        {kU, kZ}},
       {{"metric", "normalized, accumulated, official, random, locality",
         "what makes a token salient (default normalized; official mode official)"},
