@@ -39,3 +39,12 @@ def demo(records):
              f"{r['decode_tok_s']:.1f}", r["answer"].replace("\n", " ")] for r in records]
     return markdown(["cache", "MiB", "smaller", "bits/element", "prefill tok/s", "decode tok/s",
                      "answer"], rows)
+
+
+def speed(records):
+    rows = [[f"`{r['policy']}`", r["n_depth"], r["threads"],
+             f"{r['prefill_tok_s']:.1f} ± {r['prefill_spread']:.1f}", f"{r['prefill_vs_f16']:.2f}x",
+             f"{r['decode_tok_s']:.1f} ± {r['decode_spread']:.1f}", f"{r['decode_vs_f16']:.2f}x"]
+            for r in records]
+    return markdown(["cache", "depth", "threads", "prefill tok/s", "vs f16", "decode tok/s",
+                     "vs f16"], rows)

@@ -96,7 +96,7 @@ void SegmentMath::key_class(const SealedBlock& block, std::uint32_t head, int cl
   const std::uint32_t width = layout.group_channels(Tensor::kKey);
   const std::size_t inner = format::padded_inner(bits, width);
   if (format.granularity == Granularity::kChannelSeparable) {
-    format::load_halves(at(block, layout.channel_factor(Tensor::kKey, head)), key_dim_,
+    format::load_halves(at(block, layout.channel_factor(Tensor::kKey, head, cls)), key_dim_,
                         scratch.channel_a.data());
   } else {
     std::fill_n(scratch.channel_a.begin(), key_dim_, 1.0f);
@@ -166,7 +166,7 @@ void SegmentMath::value_class(const SealedBlock& block, std::uint32_t head, int 
     std::fill_n(scratch.token_scale.begin(), n, 1.0f);
     std::fill_n(scratch.token_min.begin(), n, 1.0f);  // mu = sum of weights
   } else if (format.granularity == Granularity::kChannelSeparable) {
-    format::load_halves(at(block, layout.channel_factor(Tensor::kValue, head)), value_dim_,
+    format::load_halves(at(block, layout.channel_factor(Tensor::kValue, head, cls)), value_dim_,
                         scratch.channel_a.data());
   } else {
     std::fill_n(scratch.channel_a.begin(), value_dim_, 1.0f);

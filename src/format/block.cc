@@ -30,6 +30,9 @@ bool is_valid_tensor(const TensorFormat& f, std::uint32_t head_dim, std::uint32_
   if (f.token_params != TokenParams::kHalf && f.token_params != TokenParams::kByte) {
     return false;
   }
+  if (f.class_factors && f.granularity != Granularity::kChannelSeparable) {
+    return false;
+  }
   const bool one_group = f.group_channels == 0 || f.group_channels == head_dim;
   switch (f.granularity) {
     case Granularity::kChannelwise:
@@ -106,7 +109,7 @@ BlockLayout::TensorOffsets BlockLayout::place_in_head(Tensor t) {
     return o;
   }
   if (f.granularity == Granularity::kChannelSeparable) {
-    head_params_size_ += head_dim(t) * sizeof(Half);
+    head_params_size_ += (f.class_factors ? f.n_classes : 1) * head_dim(t) * sizeof(Half);
   }
   const std::size_t one = f.token_params == TokenParams::kHalf ? sizeof(Half) : 1;
   o.token_group_size = 2 * one * shape_.n_tokens;
@@ -163,9 +166,11 @@ std::size_t BlockLayout::channel_scale_min(Tensor t, std::uint32_t head, int cls
          cls * 2 * head_dim(t) * sizeof(Half);
 }
 
-std::size_t BlockLayout::channel_factor(Tensor t, std::uint32_t head) const {
+std::size_t BlockLayout::channel_factor(Tensor t, std::uint32_t head, int cls) const {
   ZC_CHECK(tensor(t).granularity == Granularity::kChannelSeparable);
-  return params_begin_ + head * head_params_size_ + offsets(t).params;
+  const std::size_t set = tensor(t).class_factors ? static_cast<std::size_t>(cls) : 0;
+  return params_begin_ + head * head_params_size_ + offsets(t).params +
+         set * head_dim(t) * sizeof(Half);
 }
 
 std::size_t BlockLayout::token_scale_min(Tensor t, std::uint32_t head, std::uint32_t group) const {

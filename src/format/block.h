@@ -42,7 +42,8 @@ enum class TokenParams : std::uint8_t { kHalf, kByte };
 struct TensorFormat {
   Granularity granularity = Granularity::kChannelwise;
   TokenParams token_params = TokenParams::kHalf;
-  bool slot_shared = false;  // one (scale, min) per slot for all heads; kHalf, one group only
+  bool class_factors = false;  // channel factors per class instead of over all tokens
+  bool slot_shared = false;    // one (scale, min) per slot for all heads; kHalf, one group only
   std::uint16_t group_channels = 0;  // channels that share a token's (scale, min); 0 = head_dim
   std::uint8_t n_classes = 1;
   std::array<std::uint8_t, 2> bits{4, 2};
@@ -98,8 +99,9 @@ class BlockLayout {
   std::size_t codes_size(Tensor t, int cls) const;  // bytes of one such matrix
   // Channelwise: fp16 scale[head_dim] directly followed by fp16 min[head_dim].
   std::size_t channel_scale_min(Tensor t, std::uint32_t head, int cls) const;
-  // Channel_separable: fp16 channel[head_dim].
-  std::size_t channel_factor(Tensor t, std::uint32_t head) const;
+  // Channel_separable: fp16 channel[head_dim] of the class; one for all classes unless
+  // class_factors is set.
+  std::size_t channel_factor(Tensor t, std::uint32_t head, int cls) const;
   // kHalf: fp16 scale[n_tokens] directly followed by fp16 min[n_tokens], in slot order (all
   // classes); kByte: u8 e[n_tokens] directly followed by u8 z[n_tokens].
   std::size_t token_scale_min(Tensor t, std::uint32_t head, std::uint32_t group) const;

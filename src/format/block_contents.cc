@@ -54,7 +54,8 @@ bool has_finite_params(const BlockLayout& layout, const std::byte* block, Tensor
     return all_finite(block + layout.channel_scale_min(t, head, 0), f.n_classes * 2 * n_channels);
   }
   bool finite = f.granularity != Granularity::kChannelSeparable ||
-                all_finite(block + layout.channel_factor(t, head), n_channels);
+                all_finite(block + layout.channel_factor(t, head, 0),
+                           (f.class_factors ? f.n_classes : 1) * n_channels);
   if (f.token_params == TokenParams::kByte) {
     return finite && all_finite(block + layout.token_base(t, head), f.n_classes);
   }

@@ -21,6 +21,7 @@ TensorFormat random_format(Philox& random, std::uint32_t head_dim, std::uint32_t
   f.granularity = static_cast<Granularity>(random.below(3));
   f.n_classes = static_cast<std::uint8_t>(1 + random.below(2));
   f.bits = {kWidths[random.below(4)], kWidths[random.below(4)]};
+  f.class_factors = f.granularity == Granularity::kChannelSeparable && random.below(2) == 0;
   f.class0_tokens = random.below(3) == 0 ? n_tokens * random.below(2) : random.below(n_tokens + 1);
   if (f.granularity != Granularity::kChannelwise) {
     f.token_params = static_cast<TokenParams>(random.below(2));
@@ -85,7 +86,10 @@ Sections param_sections(const BlockLayout& l) {
         continue;
       }
       if (f.granularity == Granularity::kChannelSeparable) {
-        add(&s, l.channel_factor(t, head), 2 * l.head_dim(t));
+        const int n_sets = l.tensor(t).class_factors ? l.tensor(t).n_classes : 1;
+        for (int set = 0; set < n_sets; ++set) {
+          add(&s, l.channel_factor(t, head, set), 2 * l.head_dim(t));
+        }
       }
       for (std::uint32_t group = 0; group < l.n_groups(t); ++group) {
         if (!f.slot_shared || head == 0) {
@@ -354,7 +358,7 @@ TEST(Soundness, FindsForeignTiersAndParameters) {
   EXPECT_TRUE(is_sound(l, block.data()));
   for (const std::size_t offset :
        {l.channel_scale_min(Tensor::kKey, 1, 1) + 4 * 16 - 1,
-        l.channel_factor(Tensor::kValue, 0) + 1, l.token_base(Tensor::kValue, 1) + 3}) {
+        l.channel_factor(Tensor::kValue, 0, 0) + 1, l.token_base(Tensor::kValue, 1) + 3}) {
     std::vector<std::byte> bad = block;
     bad[offset] = std::byte{0x7c};  // infinity
     EXPECT_FALSE(is_sound(l, bad.data())) << offset;

@@ -51,6 +51,11 @@ const char* configure(const char* lines) {
     error = given.error().message;
     return error.c_str();
   }
+  if (given->count("force-isa") != 0) {
+    error = "force-isa: the kernels are chosen when the library is loaded; set " +
+            variable_name("force-isa") + " before";
+    return error.c_str();
+  }
   SettingMap values = all.from_environment;
   for (auto& [name, value] : *given) {
     values[name] = std::move(value);

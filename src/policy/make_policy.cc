@@ -56,6 +56,7 @@ Policy published_preset(Mode mode) {
   policy.seal_multiple = 1;
   policy.block_tokens = 0;
   if (mode == Mode::kPaper) {
+    policy.value.class_factors = true;
     policy.key.rules.rounding = quant::Rounding::kIntegerOffset;
     policy.value.rules.rounding = quant::Rounding::kIntegerOffset;
   } else {

@@ -22,6 +22,7 @@ enum class Mode : std::uint8_t { kDefault, kPaper, kOfficial };
 struct TensorPolicy {
   format::Granularity granularity = format::Granularity::kChannelwise;
   format::TokenParams token_params = format::TokenParams::kHalf;
+  bool class_factors = false;
   bool slot_shared = false;
   std::uint16_t group_channels = 0;  // 0 = head_dim
   std::uint8_t n_classes = 1;

@@ -16,6 +16,7 @@ format::TensorFormat tensor_format(const Policy& policy, const TensorPolicy& ten
   format::TensorFormat format;
   format.granularity = tensor.granularity;
   format.token_params = tensor.token_params;
+  format.class_factors = tensor.class_factors;
   format.slot_shared = tensor.slot_shared;
   format.group_channels = tensor.group_channels;
   format.n_classes = tensor.n_classes;

@@ -57,16 +57,31 @@ class Checker {
     const std::size_t dim = layout_.head_dim(t);
     order_ = order_of(case_, head);
     rows_ = head_rows(t, head);
-    factors_.assign(dim, 1.0);
+    factors_.assign(rows_.size(), 1.0);
     if (layout_.tensor(t).granularity == Granularity::kChannelSeparable) {
-      const auto exact = ref::channel_factors(rows_, layout_.shape().n_tokens, dim);
-      for (std::size_t c = 0; c < dim; ++c) {
-        factors_[c] = encoded_.value(layout_.channel_factor(t, head), c);
-        EXPECT_TRUE(is_rounded(factors_[c], exact[c], 1e-6 * exact[c])) << "factor " << c;
+      if (!layout_.tensor(t).class_factors) {
+        load_factors(t, head, 0, 0, layout_.shape().n_tokens);
+      } else {
+        for (int cls = 0; cls < layout_.tensor(t).n_classes; ++cls) {
+          load_factors(t, head, cls, layout_.first_slot(t, cls), layout_.class_tokens(t, cls));
+        }
       }
     }
     for (std::size_t at = 0; at < rows_.size(); ++at) {
-      rows_[at] /= factors_[at % dim];
+      rows_[at] /= factors_[at];
+    }
+  }
+
+  // Checks the stored factors of a set of slots and spreads them over the slots' rows.
+  void load_factors(Tensor t, std::uint32_t head, int cls, std::size_t first, std::size_t n) {
+    const std::size_t dim = layout_.head_dim(t);
+    const auto exact = ref::channel_factors(std::span(rows_).subspan(first * dim, n * dim), n, dim);
+    for (std::size_t c = 0; c < dim; ++c) {
+      const double factor = encoded_.value(layout_.channel_factor(t, head, cls), c);
+      EXPECT_TRUE(is_rounded(factor, exact[c], 1e-6 * exact[c])) << "factor " << c;
+      for (std::size_t slot = first; slot < first + n; ++slot) {
+        factors_[slot * dim + c] = factor;
+      }
     }
   }
 
@@ -127,7 +142,8 @@ class Checker {
     const std::size_t row = order_[slot] * std::size_t{layout_.shape().n_kv_heads} + head;
     const float inner = static_cast<float>(scale) * static_cast<float>(code);
     const float sum = inner + static_cast<float>(min);
-    ASSERT_EQ(decoded_[row * layout_.head_dim(t) + c], static_cast<float>(factors_[c]) * sum);
+    ASSERT_EQ(decoded_[row * layout_.head_dim(t) + c],
+              static_cast<float>(factors_[slot * layout_.head_dim(t) + c]) * sum);
   }
 
   void check_channelwise(Tensor t, std::uint32_t head, int cls) {
@@ -176,7 +192,9 @@ class Checker {
       const std::vector<double> rows = head_rows(t, other);
       for (std::size_t c = 0; c < dim; ++c) {
         const bool separable = layout_.tensor(t).granularity == Granularity::kChannelSeparable;
-        const double factor = separable ? encoded_.value(layout_.channel_factor(t, other), c) : 1.0;
+        const int cls = slot < layout_.class_tokens(t, 0) ? 0 : 1;
+        const double factor =
+            separable ? encoded_.value(layout_.channel_factor(t, other, cls), c) : 1.0;
         set.push_back(rows[slot * dim + c] / factor);
       }
     }
@@ -271,6 +289,7 @@ std::vector<Variant> variants() {
   const auto bytes = [](TensorFormat& f) { f.token_params = TokenParams::kByte; };
   const auto groups = [](TensorFormat& f) { f.group_channels = 16; };
   const auto slots = [](TensorFormat& f) { f.slot_shared = true; };
+  const auto factors = [](TensorFormat& f) { f.class_factors = true; };
   const auto one_class = [](TensorFormat& f) { f.n_classes = 1; };
   QuantRules clipped;
   clipped.key.clip = {0.9f, 0.7f};
@@ -285,7 +304,8 @@ std::vector<Variant> variants() {
       {"half", channelwise, separable, clipped},
       {"official", channelwise, with(separable, slots), {}},
       {"official_clipped", channelwise, with(separable, slots), clipped},
-      {"paper", channelwise, separable, integer},
+      {"paper", channelwise, with(with(separable, factors), slots), integer},
+      {"class_factors", channelwise, with(with(separable, factors), bytes), clipped},
       {"paper_clipped", two_classes(Granularity::kChannelwise, 4, 2), tokenwise, integer},
       {"uniform", with(channelwise, one_class), with(separable, one_class), {}},
       {"tokenwise", tokenwise, tokenwise, {}},

@@ -118,7 +118,7 @@ TEST(BlockCodec, ErrorIsHalfAStepPlusClamping) {
         check(c.keys[at], keys[at], e.value(key_params, 64 + channel), e.value(key_params, channel),
               key_class == 0 ? 15 : 7);
         const int value_class = slot >= l.first_slot(Tensor::kValue, 1);
-        const double factor = e.value(l.channel_factor(Tensor::kValue, head), channel);
+        const double factor = e.value(l.channel_factor(Tensor::kValue, head, 0), channel);
         const std::size_t token_params = l.token_scale_min(Tensor::kValue, head, 0);
         check(c.values[at], values[at], factor * e.value(token_params, 200 + slot),
               factor * e.value(token_params, slot), value_class == 0 ? 7 : 3);
@@ -181,7 +181,7 @@ TEST(BlockCodec, ConstantsAndZeros) {
   for (const float value : e.decoded(Tensor::kValue)) {
     EXPECT_EQ(value, 0.0f);
   }
-  EXPECT_EQ(e.value(e.layout().channel_factor(Tensor::kValue, 0), 0), 1.0);
+  EXPECT_EQ(e.value(e.layout().channel_factor(Tensor::kValue, 0, 0), 0), 1.0);
 }
 
 TEST(BlockCodec, ARangeTooSmallForFp16IsOneValue) {

@@ -100,7 +100,7 @@ class TensorDecoder {
                               mins.data());
     const bool separable = format_.granularity == Granularity::kChannelSeparable;
     const AlignedVector<float> factors =
-        separable ? load_halves(block_ + layout_.channel_factor(tensor_, head), n_channels_)
+        separable ? load_halves(block_ + layout_.channel_factor(tensor_, head, cls), n_channels_)
                   : AlignedVector<float>(n_channels_, 1.0f);
     const float* factor = &factors[group * width];
     for (std::size_t slot = 0; slot < n_slots; ++slot) {

@@ -57,7 +57,6 @@ class TensorEncoder {
     }
     for (std::uint32_t head = 0; head < n_heads; ++head) {
       load(head);
-      store_factors(head);
       for (int cls = 0; cls < format_.n_classes; ++cls) {
         if (layout_.class_tokens(tensor_, cls) == 0) {
           continue;
@@ -74,7 +73,8 @@ class TensorEncoder {
  private:
   float* row(std::size_t slot) { return &rows_[slot * n_channels_]; }
 
-  // Fills rows_ with a head's tokens in slot order and divides by the channel factors, if any.
+  // Fills rows_ with a head's tokens in slot order, divided by the channel factors, if any, which
+  // are stored.
   void load(std::uint32_t head) {
     format::slot_order(layout_, block_, head, order_.data());
     const std::size_t token_stride = layout_.shape().n_kv_heads * n_channels_;
@@ -83,30 +83,31 @@ class TensorEncoder {
                   row(slot));
     }
     if (format_.granularity == Granularity::kChannelSeparable) {
-      find_factors();
-      for (std::size_t slot = 0; slot < n_tokens_; ++slot) {
-        divide(row(slot), factors_.data(), n_channels_);
+      if (format_.class_factors) {
+        for (int cls = 0; cls < format_.n_classes; ++cls) {
+          const std::size_t first = layout_.first_slot(tensor_, cls);
+          divide_by_factors(head, cls, first, first + layout_.class_tokens(tensor_, cls));
+        }
+      } else {
+        divide_by_factors(head, 0, 0, n_tokens_);
       }
     }
   }
 
-  void find_factors() {
+  // Finds the channel factors of slots [begin, end), stores them and divides by them.
+  void divide_by_factors(std::uint32_t head, int cls, std::size_t begin, std::size_t end) {
     std::fill(factors_.begin(), factors_.end(), 0.0f);
-    for (std::size_t slot = 0; slot < n_tokens_; ++slot) {
+    for (std::size_t slot = begin; slot < end; ++slot) {
       track_magnitudes(row(slot), n_channels_, factors_.data());
     }
-    for (float& factor : factors_) {
-      factor = saturated_half(std::sqrt(factor));
-      factor = factor > 0 ? factor : 1.0f;
+    std::byte* out = block_ + layout_.channel_factor(tensor_, head, cls);
+    for (std::size_t c = 0; c < n_channels_; ++c) {
+      factors_[c] = saturated_half(std::sqrt(factors_[c]));
+      factors_[c] = factors_[c] > 0 ? factors_[c] : 1.0f;
+      store_half(out, c, factors_[c]);
     }
-  }
-
-  void store_factors(std::uint32_t head) {
-    if (format_.granularity == Granularity::kChannelSeparable) {
-      std::byte* out = block_ + layout_.channel_factor(tensor_, head);
-      for (std::size_t c = 0; c < n_channels_; ++c) {
-        store_half(out, c, factors_[c]);
-      }
+    for (std::size_t slot = begin; slot < end; ++slot) {
+      divide(row(slot), factors_.data(), n_channels_);
     }
   }
 

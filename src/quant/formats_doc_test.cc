@@ -81,7 +81,7 @@ TEST(FormatsDoc, ShowsTheBlock) {
   EXPECT_EQ(l.codes(Tensor::kValue, 0, 0, 0), 0x0c0u);
   EXPECT_EQ(l.channel_scale_min(Tensor::kKey, 0, 0), 0x140u);
   EXPECT_EQ(l.channel_scale_min(Tensor::kKey, 0, 1), 0x180u);
-  EXPECT_EQ(l.channel_factor(Tensor::kValue, 0), 0x1c0u);
+  EXPECT_EQ(l.channel_factor(Tensor::kValue, 0, 0), 0x1c0u);
   EXPECT_EQ(l.token_scale_min(Tensor::kValue, 0, 0), 0x1e0u);
   EXPECT_EQ(l.token_base(Tensor::kValue, 0), 0x1e8u);
   EXPECT_EQ(l.tier_plane(0, 0), 0x200u);
