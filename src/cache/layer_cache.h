@@ -52,8 +52,11 @@ struct StagingPage {
   AlignedVector<Half> values;        // [kPageTokens, value_row]
   std::uint32_t cells[kPageTokens];  // kNoCell = free slot
   std::uint32_t used = 0;            // slots that hold a token
-  std::vector<StagedToken> tokens;   // kPageTokens long, or empty (fp16 policy)
-  std::vector<float> mass;           // [kPageTokens, n_kv_heads]: probe attention received
+  // A value was NaN or infinite once: a weight of 0 does not silence it, so hidden tokens must be
+  // left out of sums instead.
+  bool has_non_finite = false;
+  std::vector<StagedToken> tokens;  // kPageTokens long, or empty (fp16 policy)
+  std::vector<float> mass;          // [kPageTokens, n_kv_heads]: probe attention received
 
   std::size_t bytes() const {
     return sizeof(StagingPage) + (keys.size() + values.size()) * sizeof(Half) +

@@ -85,9 +85,12 @@ void LayerCache::write_row(Tensor tensor, const Slot& slot, const RowsView& rows
     }
   } else {
     Half* out = page.values.data() + std::size_t{slot.index} * shape_.value_row;
+    bool finite = true;
     for (std::uint32_t column = 0; column < shape_.value_row; ++column) {
       out[column] = read_half(rows, row, column);
+      finite &= (out[column] & 0x7c00u) != 0x7c00u;
     }
+    page.has_non_finite |= !finite;
   }
 }
 

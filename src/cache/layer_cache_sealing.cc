@@ -167,6 +167,7 @@ void LayerCache::move_token(std::uint32_t from_page, std::uint32_t to_page) {
     std::copy_n(from.mass.begin() + std::size_t{source} * n_kv_heads_, n_kv_heads_,
                 to.mass.begin() + std::size_t{target} * n_kv_heads_);
   }
+  to.has_non_finite |= from.has_non_finite;
   to.cells[target] = from.cells[source];
   from.cells[source] = kNoCell;
   set_owner(to.cells[target], static_cast<std::uint16_t>(to_page));

@@ -187,6 +187,38 @@ TEST(LayerCache, SequencesDoNotInfluenceEachOther) {
   }
 }
 
+TEST(LayerCache, SameTokensAreSalientOnEveryInstructionSet) {
+  std::vector<std::vector<float>> keys;
+  for (const char* isa : {"scalar", "avx2", "avx512"}) {
+    if (const kernels::KernelTable* kernels = kernels_or_null(isa)) {
+      TestEngine engine({}, {}, kernels, 1, 11);
+      engine.step({{0, 200}, {1, 90}}, false);
+      for (int i = 0; i < 70; ++i) {
+        engine.step({{0, 1}, {1, 1}}, false);
+      }
+      keys.push_back(engine.held(Tensor::kKey));
+      EXPECT_EQ(keys.back(), keys.front()) << isa;
+    }
+  }
+}
+
+TEST(LayerCache, NanAndInfinityStayInTheirSequence) {
+  for (const float poison : {NAN, INFINITY, -INFINITY}) {
+    for (const char* policy : {"fp16", "zipcache"}) {
+      TestEngine alone({}, {{"policy", policy}}, best(), 1, 1);
+      TestEngine together({}, {{"policy", policy}}, best(), 1, 1);
+      together.poison(0, poison);
+      for (const std::uint32_t n : {40u, 70u, 1u, 90u, 1u}) {
+        const auto a = alone.step({{1, n}}, true);
+        const auto b = together.step({{1, n}, {0, n / 2 + 1}}, true);
+        for (std::size_t i = 0; i < a.out.size(); ++i) {
+          ASSERT_NEAR(a.out[i], b.out[i], 1e-4 * a.largest_value) << policy << " " << poison;
+        }
+      }
+    }
+  }
+}
+
 TEST(LayerCache, RollbackOfOneTokenEachStepKeepsStagingSmall) {
   TestEngine engine({}, {}, best(), 1, 5);
   engine.step({{0, 100}}, false);

@@ -135,6 +135,10 @@ void SegmentMath::accumulate(const Segment& segment, std::uint32_t head, const f
                              SegmentScratch& scratch) const {
   if (segment.page != nullptr) {
     const Half* values = segment.page->values.data() + std::size_t{head} * value_dim_;
+    if (segment.page->has_non_finite) {
+      accumulate_one_by_one(values, weights, stride, n_rows, out);
+      return;
+    }
     multiply({values, 16, value_dim_, kPageTokens, value_row_}, weights, stride, n_rows,
              scratch.product.data(), value_dim_, scratch);
     kernels_.axpby(out, n_rows * value_dim_, 1.0f, scratch.product.data(), 1.0f);
@@ -143,6 +147,20 @@ void SegmentMath::accumulate(const Segment& segment, std::uint32_t head, const f
   const int n_classes = segment.block->layout->tensor(Tensor::kValue).n_classes;
   for (int cls = 0; cls < n_classes; ++cls) {
     value_class(*segment.block, head, cls, weights, stride, n_rows, out, scratch);
+  }
+}
+
+// Tokens of weight 0 do not enter, whatever their values are.
+void SegmentMath::accumulate_one_by_one(const Half* values, const float* weights,
+                                        std::size_t stride, std::size_t n_rows, float* out) const {
+  for (std::size_t row = 0; row < n_rows; ++row) {
+    for (std::uint32_t slot = 0; slot < kPageTokens; ++slot) {
+      const float weight = weights[row * stride + slot];
+      for (std::uint32_t c = 0; weight != 0.0f && c < value_dim_; ++c) {
+        out[row * value_dim_ + c] +=
+            weight * half_to_float(values[std::size_t{slot} * value_row_ + c]);
+      }
+    }
   }
 }
 

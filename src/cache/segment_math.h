@@ -58,6 +58,8 @@ class SegmentMath {
   void value_class(const SealedBlock& block, std::uint32_t head, int cls, const float* weights,
                    std::size_t stride, std::size_t n_rows, float* out,
                    SegmentScratch& scratch) const;
+  void accumulate_one_by_one(const Half* values, const float* weights, std::size_t stride,
+                             std::size_t n_rows, float* out) const;
   void multiply(const kernels::MatrixView& matrix, const float* x, std::size_t x_stride,
                 std::size_t n_rows, float* y, std::size_t y_stride, SegmentScratch& scratch) const;
 

@@ -71,6 +71,9 @@ class TestEngine {
   // What the tokens of a sequence look like depends on the sequence and position alone.
   std::vector<float> row(int sequence, std::uint32_t position, std::uint32_t kind,
                          std::uint32_t width) const {
+    if (kind < 2 && poison_.contains(sequence)) {
+      return std::vector<float>(width, poison_.at(sequence));
+    }
     std::mt19937 random(static_cast<unsigned>(sequence * 1000003 + position * 17 + kind));
     std::normal_distribution<float> normal;
     std::vector<float> values(width);
@@ -80,6 +83,9 @@ class TestEngine {
     }
     return values;
   }
+
+  // From now on the keys and values of this sequence are full of this.
+  void poison(int sequence, float value) { poison_[sequence] = value; }
 
   // Appends tokens of several sequences in one step and attends. `scatter`: cells at random.
   Outcome step(const std::vector<Step>& steps, bool scatter) {
@@ -220,6 +226,7 @@ class TestEngine {
   std::unique_ptr<LayerCache> cache_;
   std::vector<int> cell_of_;  // sequence that owns a cell, -1 = free
   std::map<int, std::vector<std::uint32_t>> sequences_;
+  std::map<int, float> poison_;
 };
 
 }  // namespace zipcache::cache
