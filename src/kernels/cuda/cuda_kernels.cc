@@ -1,0 +1,185 @@
+#include "kernels/cuda/cuda_kernels.h"
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <string>
+
+#include "kernels/cuda/launch.h"
+
+namespace zipcache::cuda {
+namespace {
+
+constexpr int kMaxKeySets = 4;
+
+Error missing(const std::string& what, const std::string& required, const std::string& supported) {
+  return unsupported("cuda " + what + ": required " + required + ", supported " + supported +
+                     ", missing a kernel for it");
+}
+Status to_status(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) {
+    return ok_status();
+  }
+  return unsupported(std::string("cuda ") + what + ": " + cudaGetErrorString(error));
+}
+
+Status check_heads(const char* what, int n_heads, int n_kv_heads, int head_dim) {
+  if (!is_head_dim(head_dim)) {
+    return missing(what, "head_dim " + std::to_string(head_dim), "head_dim 64, 128, 256");
+  }
+  if (n_kv_heads <= 0 || n_heads % n_kv_heads != 0 || n_heads / n_kv_heads < 1 ||
+      n_heads / n_kv_heads > kMaxGroup) {
+    return missing(what,
+                   std::to_string(n_heads) + " query heads on " + std::to_string(n_kv_heads) +
+                       " key-value heads",
+                   "1 to 8 query heads per key-value head");
+  }
+  return ok_status();
+}
+
+Status check_classes(const char* what, std::span<const PageClass> classes) {
+  if (classes.empty() || classes.size() > kMaxClasses) {
+    return missing(what, std::to_string(classes.size()) + " page classes", "1 to 8");
+  }
+  for (const PageClass cls : classes) {
+    if (!is_code_width(cls.key_bits) || !is_code_width(cls.value_bits)) {
+      return missing(what,
+                     std::to_string(cls.key_bits) + "-bit keys with " +
+                         std::to_string(cls.value_bits) + "-bit values",
+                     "2, 3, 4, 8 bits");
+    }
+  }
+  return ok_status();
+}
+
+// One of three instantiations.
+template <typename Call>
+cudaError_t with_head_dim(int head_dim, Call call) {
+  switch (head_dim) {
+    case 64:
+      return call(DecodeLauncher<64>());
+    case 128:
+      return call(DecodeLauncher<128>());
+    default:
+      return call(DecodeLauncher<256>());
+  }
+}
+
+}  // namespace
+
+Expected<DecodeSetup> prepare_decode(int head_dim, int group, std::span<const PageClass> classes) {
+  if (Status status = check_heads("decode", group, 1, head_dim); !status) {
+    return status.error();
+  }
+  if (Status status = check_classes("decode", classes); !status) {
+    return status.error();
+  }
+  int device = 0, n_sms = 0, block_limit = 0, sm_limit = 0, reserved = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&n_sms, cudaDevAttrMultiProcessorCount, device);
+  cudaDeviceGetAttribute(&block_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  cudaDeviceGetAttribute(&sm_limit, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  cudaDeviceGetAttribute(&reserved, cudaDevAttrReservedSharedMemoryPerBlock, device);
+  if (n_sms == 0) {
+    return unsupported(
+        "cuda decode: required a CUDA device, supported compute capability 8.0 and "
+        "later, missing any device");
+  }
+
+  // As many slots as let the registers' number of blocks stay; at least two.
+  DecodeSetup setup;
+  for (const PageClass cls : classes) {
+    setup.shared.slot_bytes =
+        std::max(setup.shared.slot_bytes, tile_bytes(head_dim, cls.key_bits, cls.value_bits));
+  }
+  const int per_block = std::min(block_limit, sm_limit / min_blocks(head_dim) - reserved);
+  const int for_slots = per_block - slots_offset(head_dim, group);
+  setup.shared.n_slots =
+      std::clamp(for_slots / (kDecodeWarps * setup.shared.slot_bytes), 2, kMaxRingSlots);
+  const int shared_bytes = decode_shared_bytes(head_dim, group, setup.shared);
+  if (shared_bytes > block_limit) {
+    return missing("decode", std::to_string(shared_bytes) + " bytes of shared memory per block",
+                   std::to_string(block_limit));
+  }
+  int blocks_per_sm = 0;
+  const cudaError_t error = with_head_dim(
+      head_dim, [&](auto launcher) { return launcher.prepare(shared_bytes, &blocks_per_sm); });
+  if (error != cudaSuccess) {
+    return to_status(error, "decode").error();
+  }
+  setup.max_blocks = n_sms * std::max(blocks_per_sm, 1);
+  return setup;
+}
+
+Status decode(const DecodeParams& params, const DecodeSetup& setup, Stream stream) {
+  if (Status status = check_heads("decode", params.n_heads, params.n_kv_heads, params.head_dim);
+      !status) {
+    return status;
+  }
+  if (params.n_sequences == 0) {
+    return ok_status();
+  }
+  return to_status(
+      with_head_dim(params.head_dim,
+                    [&](auto launcher) { return launcher.launch(params, setup.shared, stream); }),
+      "decode");
+}
+
+int pack_pages(const PackParams& params) {
+  int n_pages = 0;
+  for (int cls = 0; cls < params.n_classes; ++cls) {
+    n_pages += (params.class_tokens[cls] + kPageTokens - 1) / kPageTokens;
+  }
+  return n_pages;
+}
+
+Status pack(const PackParams& params, Stream stream) {
+  if (Status status = check_heads("pack", params.n_kv_heads, params.n_kv_heads, params.head_dim);
+      !status) {
+    return status;
+  }
+  if (Status status =
+          check_classes("pack", {params.classes, static_cast<std::size_t>(params.n_classes)});
+      !status) {
+    return status;
+  }
+  if (params.n_key_sets < 1 || params.n_key_sets > kMaxKeySets) {
+    return missing("pack", std::to_string(params.n_key_sets) + " scale sets of keys", "1 to 4");
+  }
+  int total = 0;
+  for (int cls = 0; cls < params.n_classes; ++cls) {
+    total += params.class_tokens[cls];
+  }
+  if (total != params.n_tokens) {
+    return invalid_argument("cuda pack: the classes hold " + std::to_string(total) +
+                            " tokens, the input " + std::to_string(params.n_tokens));
+  }
+  if (params.n_tokens == 0) {
+    return ok_status();
+  }
+  return to_status(launch_pack(params, pack_pages(params), stream), "pack");
+}
+
+Status probe_saliency(const ProbeParams& params, Stream stream) {
+  if (Status status = check_heads("probe", params.n_heads, params.n_kv_heads, params.head_dim);
+      !status) {
+    return status;
+  }
+  if (params.n_tokens == 0) {
+    return ok_status();
+  }
+  return to_status(launch_probe(params, stream), "probe");
+}
+
+Status append_tail(const AppendParams& params, Stream stream) {
+  if (Status status = check_heads("append", params.n_kv_heads, params.n_kv_heads, params.head_dim);
+      !status) {
+    return status;
+  }
+  if (params.n_sequences == 0) {
+    return ok_status();
+  }
+  return to_status(launch_append(params, stream), "append");
+}
+
+}  // namespace zipcache::cuda

@@ -1,0 +1,49 @@
+// The CUDA kernels, checked: shapes that no kernel supports are an error of one line that says what
+// is required, what is supported and what is missing. Nothing here waits for the device; all work
+// goes to the caller's stream and may be captured into a graph.
+//
+// Pointers in the parameter structs are device memory of the current device and stay the caller's.
+#pragma once
+
+#include <cstddef>
+#include <span>
+
+#include "base/expected.h"
+#include "kernels/cuda/decode_config.h"
+#include "kernels/cuda/params.h"
+
+struct CUstream_st;
+
+namespace zipcache::cuda {
+
+using Stream = CUstream_st*;  // cudaStream_t
+
+// --- Decode attention ----------------------------------------------------------------------------
+
+// What a shape and its classes need; computed once, good for any number of launches.
+struct DecodeSetup {
+  DecodeSharedPlan shared;
+  int max_blocks = 0;  // as many as the device runs at once: PlanInput::max_blocks
+};
+Expected<DecodeSetup> prepare_decode(int head_dim, int group, std::span<const PageClass> classes);
+
+// REQUIRES: `setup` from prepare_decode() with the params' head_dim, group and classes; tickets are
+// zero; key-value pointers 16-byte aligned.
+Status decode(const DecodeParams& params, const DecodeSetup& setup, Stream stream);
+
+// --- Quantize and pack ---------------------------------------------------------------------------
+
+// Pages of one head: a class begins on a fresh page.
+int pack_pages(const PackParams& params);
+// Words of PackParams::workspace.
+constexpr std::size_t pack_workspace_words(const PackParams& p) {
+  return static_cast<std::size_t>(p.n_kv_heads) * p.head_dim * (2 * p.n_key_sets + 1);
+}
+Status pack(const PackParams& params, Stream stream);
+
+// --- Saliency, tail ------------------------------------------------------------------------------
+
+Status probe_saliency(const ProbeParams& params, Stream stream);
+Status append_tail(const AppendParams& params, Stream stream);
+
+}  // namespace zipcache::cuda

@@ -1,0 +1,323 @@
+#include "kernels/cuda/decode_case.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "kernels/cuda/host_page.h"
+#include "ref/attention_ref.h"
+
+namespace zipcache::cuda {
+namespace {
+
+Half half(float x) { return float_to_half(x); }
+
+// Pages with random codes of `n_tokens` tokens of a class; unused slots and gaps keep their poison.
+void add_pages(const DecodeCase& c, int cls, int n_tokens, int set, Random& random,
+               HostCache& cache) {
+  const PageClass bits = c.classes[cls];
+  for (int first = 0; first < n_tokens; first += kPageTokens) {
+    PageEntry entry;
+    entry.tokens = static_cast<std::uint8_t>(std::min(n_tokens - first, kPageTokens));
+    entry.cls = static_cast<std::uint8_t>(cls);
+    entry.set = static_cast<std::uint16_t>(set);
+    cache.pool.resize(cache.pool.size() + kTileAlignment * random.below(3), std::byte{0xff});
+    entry.unit = static_cast<std::uint32_t>(cache.pool.size() / kTileAlignment);
+    const std::size_t bytes = page_bytes(c.head_dim, bits.key_bits, bits.value_bits);
+    cache.pool.resize(cache.pool.size() + bytes, std::byte{0x5a});
+    HostPage page({&cache.pool[std::size_t{entry.unit} * kTileAlignment], bytes}, c.head_dim, bits);
+    for (int token = 0; token < kPageTokens; ++token) {
+      if (token >= entry.tokens) {
+        page.set_scale_zero(token, 0, 0);
+        continue;
+      }
+      for (int channel = 0; channel < c.head_dim; ++channel) {
+        page.set_key_code(token, channel, static_cast<int>(random.below(1u << bits.key_bits)));
+        page.set_value_code(token, channel, static_cast<int>(random.below(1u << bits.value_bits)));
+      }
+      const float levels = static_cast<float>((1 << bits.value_bits) - 1);
+      page.set_scale_zero(token, half(random.uniform(0.3f, 1.0f) * 20.0f / levels),
+                          half(random.uniform(0.1f, 0.9f) * levels));
+    }
+    cache.pages.push_back(entry);
+  }
+}
+
+// Channels of very different ranges, as keys have.
+void add_set(const DecodeCase& c, int key_bits, Random& random, HostCache& cache) {
+  const float levels = static_cast<float>((1 << key_bits) - 1);
+  std::vector<float> range(c.head_dim), low(c.head_dim);
+  for (int channel = 0; channel < c.head_dim; ++channel) {
+    range[channel] = 3.0f * std::exp(0.5f * random.normal());
+    low[channel] = -range[channel] * random.uniform(0.3f, 0.7f);
+    if (random.below(32) == 0) {
+      range[channel] *= 4.0f;
+      low[channel] += 8.0f;
+    }
+  }
+  for (int channel = 0; channel < c.head_dim; ++channel) {
+    cache.key_sets.push_back(half(range[channel] / levels));
+  }
+  for (int channel = 0; channel < c.head_dim; ++channel) {
+    cache.key_sets.push_back(half(low[channel]));
+  }
+}
+
+}  // namespace
+
+HostCache make_cache(const DecodeCase& c) {
+  Random random(c.seed);
+  HostCache cache;
+  for (int n = 0; n < c.n_sequences() * c.n_heads() * c.head_dim; ++n) {
+    cache.q.push_back(half(random.normal()));
+  }
+  for (int sequence = 0; sequence < c.n_sequences(); ++sequence) {
+    for (int head = 0; head < c.n_kv_heads; ++head) {
+      const int base = static_cast<int>(cache.key_sets.size() / (2 * c.head_dim));
+      cache.set_base.push_back(base);
+      int set = 0;
+      for (int segment = 0; segment < c.n_segments; ++segment) {
+        for (int cls = 0; cls < static_cast<int>(c.classes.size()); ++cls) {
+          const int total = c.class_tokens[sequence][cls];
+          const int begin = total * segment / c.n_segments;
+          add_pages(c, cls, total * (segment + 1) / c.n_segments - begin, set++, random, cache);
+          add_set(c, c.classes[cls].key_bits, random, cache);
+        }
+      }
+      cache.row_begin.push_back(static_cast<std::int32_t>(cache.pages.size()));
+      for (int channel = 0; channel < c.head_dim; ++channel) {
+        cache.value_factors.push_back(random.uniform(0.05f, 0.3f));
+      }
+    }
+  }
+  if (!c.tail.empty()) {
+    cache.tail_tokens.assign(c.tail.begin(), c.tail.end());
+    const std::size_t row_halves = std::size_t{kTailTokens} * c.head_dim;
+    cache.tail_k.assign(c.n_rows() * row_halves, 0x7fff);  // NaN where no token is
+    cache.tail_v.assign(c.n_rows() * row_halves, 0x7fff);
+    for (int row = 0; row < c.n_rows(); ++row) {
+      for (int n = 0; n < c.tail[row / c.n_kv_heads] * c.head_dim; ++n) {
+        cache.tail_k[row * row_halves + n] = half(random.normal());
+        cache.tail_v[row * row_halves + n] = half(random.normal());
+      }
+    }
+  }
+  return cache;
+}
+
+std::vector<DecodedRow> decode_rows(const DecodeCase& c, const HostCache& cache) {
+  std::vector<DecodedRow> rows(c.n_rows());
+  for (int row = 0; row < c.n_rows(); ++row) {
+    for (int at = cache.row_begin[row]; at < cache.row_begin[row + 1]; ++at) {
+      const PageEntry entry = cache.pages[at];
+      const PageClass cls = c.classes[entry.cls];
+      std::byte* bytes =
+          const_cast<std::byte*>(&cache.pool[std::size_t{entry.unit} * kTileAlignment]);
+      const HostPage page(
+          {bytes, static_cast<std::size_t>(page_bytes(c.head_dim, cls.key_bits, cls.value_bits))},
+          c.head_dim, cls);
+      const Half* set =
+          &cache.key_sets[std::size_t(cache.set_base[row] + entry.set) * 2 * c.head_dim];
+      const float* factors = &cache.value_factors[std::size_t(row) * c.head_dim];
+      for (int token = 0; token < entry.tokens; ++token) {
+        const double scale = half_to_float(page.scale(token));
+        const double zero = half_to_float(page.zero(token));
+        for (int channel = 0; channel < c.head_dim; ++channel) {
+          const double k = double{half_to_float(set[channel])} * page.key_code(token, channel) +
+                           half_to_float(set[c.head_dim + channel]);
+          const double v = factors[channel] * scale * (page.value_code(token, channel) - zero);
+          rows[row].k.push_back(static_cast<float>(k));
+          rows[row].v.push_back(static_cast<float>(v));
+        }
+      }
+    }
+    if (!c.tail.empty()) {
+      const std::size_t from = std::size_t(row) * kTailTokens * c.head_dim;
+      for (int n = 0; n < c.tail[row / c.n_kv_heads] * c.head_dim; ++n) {
+        rows[row].k.push_back(half_to_float(cache.tail_k[from + n]));
+        rows[row].v.push_back(half_to_float(cache.tail_v[from + n]));
+      }
+    }
+  }
+  return rows;
+}
+
+std::vector<Outputs> run_decode(const DecodeCase& c, const HostCache& cache, int repeats) {
+  const auto setup = prepare_decode(c.head_dim, c.group, c.classes);
+  if (!setup) {
+    throw std::runtime_error(setup.error().message);
+  }
+  PlanInput input;
+  input.head_dim = c.head_dim;
+  input.classes = c.classes;
+  input.pages = cache.pages;
+  input.row_begin = cache.row_begin;
+  input.with_tail = !c.tail.empty();
+  input.max_blocks = c.max_blocks > 0 ? c.max_blocks : setup->max_blocks;
+  input.min_block_bytes = 2 << 10;  // many splits, also of small cases
+  input.item_bytes = 1 << 10;
+  const DecodePlan plan = plan_decode(input);
+
+  const DeviceArray<Half> q(cache.q), key_sets(cache.key_sets), tail_k(cache.tail_k),
+      tail_v(cache.tail_v);
+  // cudaMalloc aligns to 256 bytes and the guard keeps that.
+  const DeviceArray<std::byte> pool(cache.pool);
+  const DeviceArray<PageEntry> pages(cache.pages);
+  const DeviceArray<std::int32_t> set_base(cache.set_base), tail_tokens(cache.tail_tokens);
+  const DeviceArray<float> value_factors(cache.value_factors);
+  const DeviceArray<WorkItem> items(plan.items);
+  DeviceArray<float> partials(std::size_t(plan.n_partials) * partial_floats(c.head_dim, c.group));
+  DeviceArray<std::uint32_t> tickets(c.n_rows(), 0);
+  DeviceArray<float> out(cache.q.size()), lse(std::size_t(c.n_sequences()) * c.n_heads());
+
+  DecodeParams params;
+  params.n_sequences = c.n_sequences();
+  params.n_kv_heads = c.n_kv_heads;
+  params.n_heads = c.n_heads();
+  params.head_dim = c.head_dim;
+  params.scale = c.scale();
+  params.q = q.data();
+  params.out = out.data();
+  params.lse = lse.data();
+  params.n_classes = static_cast<int>(c.classes.size());
+  std::copy(c.classes.begin(), c.classes.end(), params.classes);
+  params.pool = reinterpret_cast<const std::uint8_t*>(pool.data());
+  params.pages = pages.data();
+  params.key_sets = key_sets.data();
+  params.set_base = set_base.data();
+  params.value_factors = value_factors.data();
+  if (!c.tail.empty()) {
+    params.tail_k = tail_k.data();
+    params.tail_v = tail_v.data();
+    params.tail_tokens = tail_tokens.data();
+  }
+  params.items = items.data();
+  params.n_blocks = plan.n_blocks;
+  params.partials = partials.data();
+  params.tickets = tickets.data();
+
+  std::vector<Outputs> results;
+  for (int repeat = 0; repeat < repeats; ++repeat) {
+    out.fill(0xff);
+    lse.fill(0xff);
+    partials.fill(0xff);
+    const Status status = decode(params, *setup, nullptr);
+    if (!status) {
+      throw std::runtime_error(status.error().message);
+    }
+    results.push_back({out.to_host(), lse.to_host()});
+  }
+  EXPECT_TRUE(out.guards_intact() && lse.guards_intact() && partials.guards_intact());
+  EXPECT_EQ(tickets.to_host(), std::vector<std::uint32_t>(c.n_rows(), 0));
+  return results;
+}
+
+namespace {
+
+// Attention of one row's query group; keys, values and weights rounded to fp16 if `naive`.
+struct GroupResult {
+  std::vector<double> out, lse;
+};
+GroupResult attend(const DecodeCase& c, const std::vector<float>& q, const DecodedRow& row,
+                   bool naive) {
+  ref::AttentionCase a;
+  a.n_rows = 1;
+  a.n_heads = c.group;
+  a.n_tokens = row.k.size() / c.head_dim;
+  a.n_kv_heads = 1;
+  a.key_dim = a.value_dim = c.head_dim;
+  a.q = q;
+  a.scale = c.scale();
+  if (!naive) {
+    a.k = row.k;
+    a.v = row.v;
+    const ref::AttentionResult exact = ref::attention(a);
+    return {exact.out, exact.lse};
+  }
+  DecodedRow rounded = row;
+  std::ranges::transform(rounded.k, rounded.k.begin(), round_to_half);
+  std::ranges::transform(rounded.v, rounded.v.begin(), round_to_half);
+  a.k = rounded.k;
+  a.v = rounded.v;
+  const ref::AttentionResult r = ref::attention(a, true);
+  GroupResult result{std::vector<double>(r.out.size()), r.lse};
+  for (int head = 0; head < c.group; ++head) {
+    const double* weights = r.weights.data() + head * a.n_tokens;
+    const double largest = a.n_tokens > 0 ? *std::max_element(weights, weights + a.n_tokens) : 1;
+    for (std::size_t token = 0; token < a.n_tokens; ++token) {
+      const double weight = round_to_half(static_cast<float>(weights[token] / largest)) * largest;
+      for (int channel = 0; channel < c.head_dim; ++channel) {
+        result.out[head * c.head_dim + channel] += weight * rounded.v[token * c.head_dim + channel];
+      }
+    }
+  }
+  return result;
+}
+
+// Folding rounds the scaled query of a channel instead of its keys: one error for all tokens, times
+// the channel's range. Its standard deviation in a score (base 2), about, for the worst head.
+double query_rounding(const DecodeCase& c, const std::vector<float>& q, const DecodedRow& row) {
+  double worst = 0;
+  for (int head = 0; head < c.group; ++head) {
+    double sum = 0;
+    for (int channel = 0; channel < c.head_dim; ++channel) {
+      float low = 0, high = 0;  // a tail's keys have no minimum to take out of the product
+      for (std::size_t at = channel; at < row.k.size(); at += c.head_dim) {
+        low = std::min(low, row.k[at]);
+        high = std::max(high, row.k[at]);
+      }
+      const double share = double{q[head * c.head_dim + channel]} * c.scale() * (high - low);
+      sum += row.k.empty() ? 0 : share * share;
+    }
+    worst = std::max(worst, std::sqrt(sum) * 1.4427 * 0x1p-12);
+  }
+  return worst;
+}
+
+double rms(double sum_of_squares, double n) { return n > 0 ? std::sqrt(sum_of_squares / n) : 0; }
+
+}  // namespace
+
+void expect_attention(const DecodeCase& c, const HostCache& cache, const Outputs& got) {
+  const std::vector<DecodedRow> rows = decode_rows(c, cache);
+  double error = 0, naive_error = 0, size = 0, n = 0, lse_error = 0, naive_lse_error = 0;
+  double query_error = 0;
+  for (int row = 0; row < c.n_rows(); ++row) {
+    const std::size_t first_head =
+        std::size_t(row / c.n_kv_heads) * c.n_heads() + std::size_t(row % c.n_kv_heads) * c.group;
+    std::vector<float> q(std::size_t(c.group) * c.head_dim);
+    for (std::size_t at = 0; at < q.size(); ++at) {
+      q[at] = half_to_float(cache.q[first_head * c.head_dim + at]);
+    }
+    const GroupResult exact = attend(c, q, rows[row], false);
+    const GroupResult naive = attend(c, q, rows[row], true);
+    query_error = std::max(query_error, query_rounding(c, q, rows[row]));
+    for (std::size_t at = 0; at < q.size(); ++at) {
+      const double x = got.out[first_head * c.head_dim + at];
+      ASSERT_TRUE(std::isfinite(x)) << "row " << row << " element " << at;
+      error += (x - exact.out[at]) * (x - exact.out[at]);
+      naive_error += (naive.out[at] - exact.out[at]) * (naive.out[at] - exact.out[at]);
+      size += exact.out[at] * exact.out[at];
+      n += 1;
+    }
+    for (int head = 0; head < c.group; ++head) {
+      const double lse = exact.lse[head] * 1.4426950408889634;
+      const double x = got.lse[first_head + head];
+      if (std::isinf(lse)) {
+        ASSERT_EQ(x, lse);
+        continue;
+      }
+      lse_error = std::max(lse_error, std::abs(x - lse));
+      naive_lse_error =
+          std::max(naive_lse_error, std::abs(naive.lse[head] * 1.4426950408889634 - lse));
+    }
+  }
+  EXPECT_LE(rms(error, n), 2.5 * rms(naive_error, n) + 3e-4 * rms(size, n))
+      << "size " << rms(size, n) << ", error of the fp16 path " << rms(naive_error, n);
+  EXPECT_LE(lse_error, 3 * naive_lse_error + 4 * query_error + 5e-4);
+  ::testing::Test::RecordProperty("error_over_fp16_path",
+                                  std::to_string(rms(error, n) / (rms(naive_error, n) + 1e-12)));
+  ::testing::Test::RecordProperty("relative_error",
+                                  std::to_string(rms(error, n) / (rms(size, n) + 1e-12)));
+}
+
+}  // namespace zipcache::cuda

@@ -1,0 +1,359 @@
+// One warp's running attention of the query heads of one KV head: scores of a tile of 32 tokens,
+// the online softmax, the weighted sum of values. See docs/device_format.md for the algebra.
+//
+// Matrix shapes: tokens are the rows and query heads the columns of the scores; channels are the
+// rows and query heads the columns of the output. So lane (g, i) has heads 2i and 2i+1 in both, of
+// tokens g + 8 * k and of the channels that value_position() gives it.
+#pragma once
+
+#include "kernels/cuda/params.h"
+#include "kernels/cuda/unpack.cuh"
+
+namespace zipcache::cuda {
+
+// The maximum that weights refer to grows only when a score exceeds it by this much (log2). Weights
+// stay below 2^8, and p * s below 2^15 in fp16 for s < 128 (packers keep s < 8).
+inline constexpr float kRescaleThreshold = 8.0f;
+inline constexpr float kNoScore = -1e30f;  // a finite "no maximum yet": no NaN from inf - inf
+inline constexpr int kHalfBits = 16;       // "width" of the fp16 tail
+
+// The query as the operand of one width and scale set: q^ = scale * q * s / r, times a power of two
+// `norm` per head that keeps fp16 in range.
+template <int kHeadDim>
+struct QueryOperand {
+  uint32_t b[kHeadDim / 16][2];
+  float start[2];         // what a score of heads 2i, 2i+1 starts from: minima and offsets, x norm
+  float inverse_norm[2];  // of heads 2i, 2i+1
+
+  // `set` is [2, head_dim] (scale, min), nullptr for fp16 keys.
+  __device__ __forceinline__ void load(const DecodeParams& params, int sequence, int kv_head,
+                                       int group, const HalfBits* set, int bits, int lane) {
+    const int head = lane >> 2, first = (lane & 3) * 8;
+    const bool used = head < group;
+    const HalfBits* q = params.q + (static_cast<int64_t>(sequence) * params.n_heads +
+                                    kv_head * group + (used ? head : 0)) *
+                                       kHeadDim;
+    const auto load_pairs = [&](const HalfBits* from, int chunk, uint32_t(&pairs)[4]) {
+      const uint4 v = ptx::load_16(from + chunk * 32 + first);
+      pairs[0] = v.x, pairs[1] = v.y, pairs[2] = v.z, pairs[3] = v.w;
+    };
+
+    // Channels of pair p of a chunk share their factor r.
+    float folded[kHeadDim / 32][8], largest[4] = {0, 0, 0, 0}, minima = 0;
+#pragma unroll
+    for (int chunk = 0; chunk < kHeadDim / 32; ++chunk) {
+      uint32_t q_pairs[4], s_pairs[4] = {0x3c003c00u, 0x3c003c00u, 0x3c003c00u, 0x3c003c00u};
+      uint32_t m_pairs[4] = {0, 0, 0, 0};
+      load_pairs(q, chunk, q_pairs);
+      if (set != nullptr) {
+        load_pairs(set, chunk, s_pairs);
+        load_pairs(set + kHeadDim, chunk, m_pairs);
+      }
+#pragma unroll
+      for (int pair = 0; pair < 4; ++pair) {
+        const float low = ptx::low_half(q_pairs[pair]), high = ptx::high_half(q_pairs[pair]);
+        minima += low * ptx::low_half(m_pairs[pair]) + high * ptx::high_half(m_pairs[pair]);
+        folded[chunk][pair * 2] = low * ptx::low_half(s_pairs[pair]);
+        folded[chunk][pair * 2 + 1] = high * ptx::high_half(s_pairs[pair]);
+        largest[pair] = fmaxf(largest[pair], fmaxf(fabsf(folded[chunk][pair * 2]),
+                                                   fabsf(folded[chunk][pair * 2 + 1])));
+      }
+    }
+    const float log2_scale = params.scale * 1.44269504088896f;
+    float factor[4], of_all = 0;
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair) {
+      factor[pair] = log2_scale * key_inverse_factor(bits, pair >> 1, pair & 1);
+      of_all = fmaxf(of_all, largest[pair] * fabsf(factor[pair]));
+    }
+    of_all = fmaxf(of_all, __shfl_xor_sync(ptx::kFullWarp, of_all, 1));
+    of_all = fmaxf(of_all, __shfl_xor_sync(ptx::kFullWarp, of_all, 2));
+
+    // norm = 2^k such that the largest operand is in [512, 1024): its exponent field is 127 + 9.
+    const int field = __float_as_int(of_all) >> 23;
+    const int norm_field = of_all > 0 ? min(max(127 + 127 + 9 - field, 1), 253) : 127;
+    const float norm = used ? __int_as_float(norm_field << 23) : 0.0f;
+
+    float sum = 0;
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair) {
+      factor[pair] *= norm;
+#pragma unroll
+      for (int chunk = 0; chunk < kHeadDim / 32; ++chunk) {
+        const uint32_t rounded = ptx::pack_half2(folded[chunk][pair * 2] * factor[pair],
+                                                 folded[chunk][pair * 2 + 1] * factor[pair]);
+        b[chunk * 2 + pair / 2][pair % 2] = rounded;
+        sum += ptx::low_half(rounded) + ptx::high_half(rounded);
+      }
+    }
+    // The offset comes from the rounded operand, so it cancels exactly.
+    float begin = minima * log2_scale * norm;
+    if (bits != kHalfBits) {
+      begin -= kKeyOffset * sum;
+    }
+    begin += __shfl_xor_sync(ptx::kFullWarp, begin, 1);
+    begin += __shfl_xor_sync(ptx::kFullWarp, begin, 2);
+
+    const float inverse = __int_as_float((254 - norm_field) << 23);
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int source = ((lane & 3) * 2 + e) * 4;  // a lane that holds head 2i + e
+      start[e] = __shfl_sync(ptx::kFullWarp, begin, source);
+      inverse_norm[e] = __shfl_sync(ptx::kFullWarp, inverse, source);
+    }
+  }
+};
+
+template <int kHeadDim>
+struct RowState {
+  static constexpr int kBlocks = kHeadDim / 16;
+
+  float acc[kBlocks][4];  // in the units of the value width at hand: sum of p * s * (1 + r * v)
+  float side[4];          // row 0: sum of p * s, row 1: sum of p * s * z, of the same rounded p * s
+  float max[2];           // what the weights of heads 2i, 2i+1 refer to
+  float sum[2];           // of unrounded weights, this lane's tokens only
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int block = 0; block < kBlocks; ++block) {
+      acc[block][0] = acc[block][1] = acc[block][2] = acc[block][3] = 0;
+    }
+    side[0] = side[1] = side[2] = side[3] = 0;
+    max[0] = max[1] = kNoScore;
+    sum[0] = sum[1] = 0;
+  }
+
+  // Raises the maxima to those of the whole warp and rescales what was summed so far.
+  __device__ __forceinline__ void raise_max(float (&largest)[2]) {
+    float factor[2];
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      largest[e] = fmaxf(largest[e], __shfl_xor_sync(ptx::kFullWarp, largest[e], 4));
+      largest[e] = fmaxf(largest[e], __shfl_xor_sync(ptx::kFullWarp, largest[e], 8));
+      largest[e] = fmaxf(largest[e], __shfl_xor_sync(ptx::kFullWarp, largest[e], 16));
+      largest[e] = fmaxf(largest[e], max[e]);
+      factor[e] = ptx::exp2(max[e] - largest[e]);
+      max[e] = largest[e];
+      sum[e] *= factor[e];
+    }
+#pragma unroll
+    for (int block = 0; block < kBlocks; ++block) {
+      acc[block][0] *= factor[0], acc[block][1] *= factor[1];
+      acc[block][2] *= factor[0], acc[block][3] *= factor[1];
+    }
+    side[0] *= factor[0], side[1] *= factor[1];
+  }
+
+  // Scores (times norm) to weights p in place; adds them up.
+  __device__ __forceinline__ void softmax(float (&s)[2][4], const QueryOperand<kHeadDim>& q,
+                                          int tokens, int lane) {
+    if (tokens < kTileTokens) {
+#pragma unroll
+      for (int part = 0; part < 4; ++part) {
+        if (part * 8 + (lane >> 2) >= tokens) {
+          s[part / 2][part % 2 * 2] = s[part / 2][part % 2 * 2 + 1] = -INFINITY;
+        }
+      }
+    }
+    float largest[2];
+    bool exceeds = false;
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      largest[e] = fmaxf(fmaxf(s[0][e], s[0][2 + e]), fmaxf(s[1][e], s[1][2 + e]));
+      largest[e] *= q.inverse_norm[e];
+      exceeds |= largest[e] > max[e] + kRescaleThreshold;
+    }
+    if (__any_sync(ptx::kFullWarp, exceeds)) {
+      raise_max(largest);
+    }
+#pragma unroll
+    for (int part = 0; part < 4; ++part) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float& score = s[part / 2][part % 2 * 2 + e];
+        score = ptx::exp2(fmaf(score, q.inverse_norm[e], -max[e]));
+        sum[e] += score;
+      }
+    }
+  }
+
+  // acc from the units of width `bits` to plain sums of p * s * (v - z); `side` starts anew.
+  __device__ __forceinline__ void fold_offsets(int bits, int lane) {
+    if (bits == 0) {
+      return;  // nothing summed yet
+    }
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const float weight = __shfl_sync(ptx::kFullWarp, side[e], lane & 3);
+      const float zeros = __shfl_sync(ptx::kFullWarp, side[e], 4 + (lane & 3));
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        const float inverse = 1.0f / value_factor(bits, row);
+#pragma unroll
+        for (int block = 0; block < kBlocks; ++block) {
+          float& a = acc[block][row * 2 + e];
+          a = (a - weight) * inverse - zeros;
+        }
+      }
+    }
+    side[0] = side[1] = 0;
+  }
+  __device__ __forceinline__ void unfold(int bits) {
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const float factor = value_factor(bits, row);
+#pragma unroll
+      for (int block = 0; block < kBlocks; ++block) {
+        acc[block][row * 2] *= factor;
+        acc[block][row * 2 + 1] *= factor;
+      }
+    }
+  }
+
+  // Channel factors: acc becomes sums of p * value.
+  __device__ __forceinline__ void apply_factors(const float* factors, int lane) {
+#pragma unroll
+    for (int part = 0; part < kHeadDim / 64; ++part) {
+      const float4* from = reinterpret_cast<const float4*>(factors + part * 64 + (lane >> 2) * 8);
+#pragma unroll
+      for (int pair = 0; pair < 2; ++pair) {
+        const float4 f = __ldg(from + pair);
+        float(&a)[4] = acc[part * 4 + pair * 2];
+        float(&b)[4] = acc[part * 4 + pair * 2 + 1];
+        a[0] *= f.x, a[1] *= f.x, a[2] *= f.y, a[3] *= f.y;
+        b[0] *= f.z, b[1] *= f.z, b[2] *= f.w, b[3] *= f.w;
+      }
+    }
+  }
+
+  // Weights, rounded to fp16 after `scales` of the lane's four tokens, as operands.
+  __device__ __forceinline__ static void make_operand(const float (&p)[2][4],
+                                                      const float (&scales)[4],
+                                                      uint32_t (&operand)[2][2]) {
+#pragma unroll
+    for (int part = 0; part < 4; ++part) {
+      const float low = p[part / 2][part % 2 * 2] * scales[part];
+      const float high = p[part / 2][part % 2 * 2 + 1] * scales[part];
+      operand[part / 2][part % 2] = ptx::transpose_8x8(ptx::pack_half2(low, high));
+    }
+  }
+
+  // One tile of codes in shared memory.
+  __device__ __forceinline__ void add_tile(const uint8_t* tile, int key_bits, int value_bits,
+                                           int tokens, const QueryOperand<kHeadDim>& q, int lane) {
+    float s[2][4];
+#pragma unroll
+    for (int block = 0; block < 2; ++block) {
+      s[block][0] = s[block][2] = q.start[0];
+      s[block][1] = s[block][3] = q.start[1];
+    }
+    switch (key_bits) {
+      case 2:
+        multiply_keys<kHeadDim, 2>(tile, lane, q.b, s);
+        break;
+      case 3:
+        multiply_keys<kHeadDim, 3>(tile, lane, q.b, s);
+        break;
+      case 4:
+        multiply_keys<kHeadDim, 4>(tile, lane, q.b, s);
+        break;
+      default:
+        multiply_keys<kHeadDim, 8>(tile, lane, q.b, s);
+        break;
+    }
+    softmax(s, q, tokens, lane);
+
+    const HalfBits* params =
+        reinterpret_cast<const HalfBits*>(tile + tile_param_offset(kHeadDim, key_bits, value_bits));
+    const uint2 s_pairs = *reinterpret_cast<const uint2*>(params + scale_index(lane >> 2));
+    const uint4 z_pairs = *reinterpret_cast<const uint4*>(params + zero_index((lane & 3) * 2));
+    const float scales[4] = {ptx::low_half(s_pairs.x), ptx::high_half(s_pairs.x),
+                             ptx::low_half(s_pairs.y), ptx::high_half(s_pairs.y)};
+    uint32_t operand[2][2];
+    make_operand(s, scales, operand);
+
+    // Two more "channels" give the sums that the offsets and zeros need: row 0 is 1, row 1 is z.
+    const uint32_t keep = lane >> 2 == 1 ? 0xffffffffu : 0u;
+    const uint32_t ones = lane >> 2 == 0 ? kValueMagic : 0u;
+    const uint32_t side0[4] = {(z_pairs.x & keep) | ones, 0, (z_pairs.y & keep) | ones, 0};
+    const uint32_t side1[4] = {(z_pairs.z & keep) | ones, 0, (z_pairs.w & keep) | ones, 0};
+    ptx::mma_16x8x16(side, side0, operand[0][0], operand[0][1]);
+    ptx::mma_16x8x16(side, side1, operand[1][0], operand[1][1]);
+
+    const uint8_t* codes = tile + tile_value_offset(kHeadDim, key_bits);
+    switch (value_bits) {
+      case 2:
+        multiply_values<kHeadDim, 2>(codes, lane, operand, acc);
+        break;
+      case 3:
+        multiply_values<kHeadDim, 3>(codes, lane, operand, acc);
+        break;
+      case 4:
+        multiply_values<kHeadDim, 4>(codes, lane, operand, acc);
+        break;
+      default:
+        multiply_values<kHeadDim, 8>(codes, lane, operand, acc);
+        break;
+    }
+  }
+
+  // 32 tokens of the fp16 tail, of which `tokens` (> 0) count. REQUIRES: apply_factors() was
+  // called.
+  __device__ __forceinline__ void add_tail(const HalfBits* k, const HalfBits* v, int tokens,
+                                           const QueryOperand<kHeadDim>& q, int lane) {
+    const int g = lane >> 2, i = lane & 3;
+    const auto row = [&](const HalfBits* base, int token, int channel) {
+      const uint32_t offset = min(token, tokens - 1) * kHeadDim + channel;  // 32 bits: no spills
+      return ptx::load_16(base + offset);
+    };
+    float s[2][4] = {};
+#pragma unroll 1  // here and below: the loads of a whole tile at once would spill
+    for (int block = 0; block * 16 < tokens; ++block) {
+      float part[4] = {q.start[0], q.start[1], q.start[0], q.start[1]};
+#pragma unroll
+      for (int chunk = 0; chunk < kHeadDim / 32; ++chunk) {
+        const uint4 upper = row(k, block * 16 + g, chunk * 32 + i * 8);
+        const uint4 lower = row(k, block * 16 + g + 8, chunk * 32 + i * 8);
+        ptx::mma_16x8x16(part, {upper.x, lower.x, upper.y, lower.y}, q.b[2 * chunk][0],
+                         q.b[2 * chunk][1]);
+        ptx::mma_16x8x16(part, {upper.z, lower.z, upper.w, lower.w}, q.b[2 * chunk + 1][0],
+                         q.b[2 * chunk + 1][1]);
+      }
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        s[0][n] = block == 0 ? part[n] : s[0][n];
+        s[1][n] = block == 1 ? part[n] : s[1][n];
+      }
+    }
+    softmax(s, q, tokens, lane);
+    const float scales[4] = {1, 1, 1, 1};
+    uint32_t operand[2][2];
+    make_operand(s, scales, operand);
+#pragma unroll 1
+    for (int step = 0; step * 16 < tokens; ++step) {
+      const uint32_t p0 = step == 0 ? operand[0][0] : operand[1][0];
+      const uint32_t p1 = step == 0 ? operand[0][1] : operand[1][1];
+#pragma unroll
+      for (int part = 0; part < kHeadDim / 64; ++part) {
+        uint32_t pairs[4][4];  // [token 2i, 2i+1, 2i+8, 2i+9][channel pair]
+#pragma unroll
+        for (int token = 0; token < 4; ++token) {
+          const uint4 x = row(v, step * 16 + token / 2 * 8 + i * 2 + token % 2, part * 64 + g * 8);
+          pairs[token][0] = x.x, pairs[token][1] = x.y, pairs[token][2] = x.z,
+          pairs[token][3] = x.w;
+        }
+#pragma unroll
+        for (int pair = 0; pair < 4; ++pair) {
+          ptx::mma_16x8x16(acc[part * 4 + pair],
+                           {__byte_perm(pairs[0][pair], pairs[1][pair], 0x5410),
+                            __byte_perm(pairs[0][pair], pairs[1][pair], 0x7632),
+                            __byte_perm(pairs[2][pair], pairs[3][pair], 0x5410),
+                            __byte_perm(pairs[2][pair], pairs[3][pair], 0x7632)},
+                           p0, p1);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace zipcache::cuda

@@ -1,0 +1,169 @@
+// Decode attention against the formula in double, over widths, head dims, groups, lengths, tails,
+// batches and cuts of the work.
+#include <gtest/gtest.h>
+
+#include <numeric>
+
+#include "kernels/cuda/decode_case.h"
+
+namespace zipcache::cuda {
+namespace {
+
+using DecodeTest = DeviceTest;
+
+constexpr int kWidths[] = {2, 3, 4, 8};
+
+// 60 % of the tokens in class 0.
+std::vector<int> mixed(int n) { return {n * 6 / 10, n - n * 6 / 10}; }
+// The classes of the default policy: keys 4/3 bits (30 % salient), values 3/2 (50 %).
+const std::vector<PageClass> kDefaultClasses{{4, 3}, {3, 3}, {3, 2}};
+std::vector<int> three(int n) { return {n * 3 / 10, n / 5, n - n * 3 / 10 - n / 5}; }
+
+void check(const DecodeCase& c) {
+  const HostCache cache = make_cache(c);
+  const std::vector<Outputs> got = run_decode(c, cache, 2);
+  EXPECT_EQ(got[0].out, got[1].out);  // the same bits in every run
+  EXPECT_EQ(got[0].lse, got[1].lse);
+  expect_attention(c, cache, got[0]);
+}
+
+TEST_F(DecodeTest, EveryPairOfWidths) {
+  for (const int head_dim : {64, 128, 256}) {
+    for (const int key_bits : kWidths) {
+      for (const int value_bits : kWidths) {
+        SCOPED_TRACE(::testing::Message()
+                     << "head_dim " << head_dim << ", K " << key_bits << ", V " << value_bits);
+        DecodeCase c;
+        c.head_dim = head_dim;
+        c.n_kv_heads = 1;
+        c.classes = {{static_cast<std::uint8_t>(key_bits), static_cast<std::uint8_t>(value_bits)}};
+        c.class_tokens = {{715}};
+        c.seed = key_bits * 10 + value_bits;
+        check(c);
+      }
+    }
+  }
+}
+
+TEST_F(DecodeTest, EveryLength) {
+  for (const int n : {0, 1, 2, 31, 32, 33, 63, 64, 65, 127, 128, 129, 1000, 4097}) {
+    for (const int head_dim : {64, 128, 256}) {
+      if (head_dim != 128 && n > 1000) {
+        continue;
+      }
+      SCOPED_TRACE(::testing::Message() << "head_dim " << head_dim << ", " << n << " tokens");
+      DecodeCase c;
+      c.head_dim = head_dim;
+      c.class_tokens = {mixed(n)};
+      c.seed = n;
+      check(c);
+      c.classes = kDefaultClasses;
+      c.class_tokens = {three(n)};
+      check(c);
+    }
+  }
+}
+
+TEST_F(DecodeTest, EveryGroup) {
+  for (int group = 1; group <= 8; ++group) {
+    for (const int head_dim : {64, 128, 256}) {
+      SCOPED_TRACE(::testing::Message() << "head_dim " << head_dim << ", group " << group);
+      DecodeCase c;
+      c.head_dim = head_dim;
+      c.n_kv_heads = 3;
+      c.group = group;
+      c.class_tokens = {mixed(517)};
+      c.tail = {37};
+      c.seed = group;
+      check(c);
+    }
+  }
+}
+
+TEST_F(DecodeTest, EmptyClasses) {
+  DecodeCase c;
+  for (const std::vector<int>& tokens : {std::vector<int>{0, 100}, {100, 0}, {0, 0}}) {
+    c.class_tokens = {tokens, mixed(65)};
+    check(c);
+  }
+}
+
+TEST_F(DecodeTest, EveryTail) {
+  for (const int tail : {0, 1, 2, 15, 16, 17, 31, 32, 33, 64, 95, 96, 97, 127, 128}) {
+    for (const int n : {0, 64, 500}) {
+      for (const int head_dim : {64, 128, 256}) {
+        SCOPED_TRACE(::testing::Message()
+                     << "head_dim " << head_dim << ", tail " << tail << ", " << n << " sealed");
+        DecodeCase c;
+        c.head_dim = head_dim;
+        c.n_kv_heads = 1;
+        c.class_tokens = {mixed(n)};
+        c.tail = {tail};
+        c.seed = tail + n;
+        check(c);
+      }
+    }
+  }
+}
+
+TEST_F(DecodeTest, BatchesOfUnequalLengths) {
+  DecodeCase c;
+  c.class_tokens = {mixed(3), mixed(2000), mixed(0), mixed(129), mixed(64), mixed(777)};
+  c.tail = {128, 0, 5, 33, 64, 1};
+  for (const int max_blocks : {0, 1, 3, 50}) {
+    SCOPED_TRACE(max_blocks);
+    c.max_blocks = max_blocks;
+    check(c);
+  }
+}
+
+TEST_F(DecodeTest, SegmentsWithScaleSetsOfTheirOwn) {
+  DecodeCase c;
+  c.class_tokens = {mixed(1500), mixed(900)};
+  c.tail = {17, 99};
+  c.n_segments = 5;
+  c.classes = {{4, 4}, {2, 2}};
+  check(c);
+  c.classes = {{4, 2}, {8, 3}};
+  check(c);
+}
+
+// How the work is cut must not matter beyond rounding; one block with everything is the longest
+// sum.
+TEST_F(DecodeTest, LongRowsInFewBlocks) {
+  DecodeCase c;
+  c.n_kv_heads = 1;
+#if defined(ZC_CUDA_EMULATION)
+  c.class_tokens = {mixed(2'000)};
+#else
+  c.class_tokens = {mixed(40'000)};
+#endif
+  for (const int max_blocks : {1, 2, 132}) {
+    SCOPED_TRACE(max_blocks);
+    c.max_blocks = max_blocks;
+    check(c);
+  }
+}
+
+TEST_F(DecodeTest, ManyRows) {
+  DecodeCase c;
+  c.n_kv_heads = 8;
+  for (int sequence = 0; sequence < 24; ++sequence) {
+    c.class_tokens.push_back(mixed(100 + 37 * sequence));
+    c.tail.push_back(sequence * 5);
+  }
+  check(c);
+}
+
+TEST_F(DecodeTest, NamesWhatIsMissing) {
+  const PageClass fine[] = {{4, 4}}, odd[] = {{5, 4}};
+  EXPECT_EQ(prepare_decode(96, 4, fine).error().message,
+            "cuda decode: required head_dim 96, supported head_dim 64, 128, 256, missing a kernel "
+            "for it");
+  EXPECT_FALSE(prepare_decode(128, 9, fine));
+  EXPECT_FALSE(prepare_decode(128, 4, odd));
+  EXPECT_TRUE(prepare_decode(128, 8, fine));
+}
+
+}  // namespace
+}  // namespace zipcache::cuda

@@ -1,0 +1,101 @@
+// The positions of device_page.h: no two codes share a bit, no bit is unused, what is written is
+// read.
+#include "kernels/cuda/device_page.h"
+
+#include <gtest/gtest.h>
+
+#include <vector>
+
+#include "base/philox.h"
+#include "kernels/cuda/host_page.h"
+
+namespace zipcache::cuda {
+namespace {
+
+constexpr int kWidths[] = {2, 3, 4, 8};
+constexpr int kHeadDims[] = {64, 128, 256};
+
+// Marks the bits of a field; false if one was taken or lies outside [begin, end).
+bool take(std::vector<std::uint32_t>& words, const BitField& field, int begin, int end) {
+  if (field.bits == 0) {
+    return true;
+  }
+  const std::uint32_t mask = ((1u << field.bits) - 1) << field.shift;
+  const bool ok = field.offset >= begin && field.offset + 4 <= end && field.offset % 4 == 0 &&
+                  field.shift + field.bits <= 32 && (words[field.offset / 4] & mask) == 0;
+  if (ok) {
+    words[field.offset / 4] |= mask;
+  }
+  return ok;
+}
+
+TEST(DevicePage, CodesTileTheirPlanes) {
+  for (const int head_dim : kHeadDims) {
+    for (const int key_bits : kWidths) {
+      for (const int value_bits : kWidths) {
+        const int v = tile_value_offset(head_dim, key_bits);
+        const int end = tile_param_offset(head_dim, key_bits, value_bits);
+        std::vector<std::uint32_t> words(end / 4);
+        for (int token = 0; token < kTileTokens; ++token) {
+          for (int channel = 0; channel < head_dim; ++channel) {
+            const CodePosition k = key_position(head_dim, key_bits, token, channel);
+            const CodePosition x = value_position(head_dim, key_bits, value_bits, token, channel);
+            ASSERT_TRUE(take(words, k.low, 0, v) && take(words, k.high, 0, v));
+            ASSERT_TRUE(take(words, x.low, v, end) && take(words, x.high, v, end));
+            ASSERT_EQ(k.low.bits + k.high.bits, key_bits);
+            ASSERT_EQ(x.low.bits + x.high.bits, value_bits);
+          }
+        }
+        for (const std::uint32_t word : words) {
+          ASSERT_EQ(word, 0xffffffffu);
+        }
+      }
+    }
+  }
+}
+
+TEST(DevicePage, ParametersHavePlacesOfTheirOwn) {
+  std::vector<int> taken(2 * kTileTokens);
+  for (int token = 0; token < kTileTokens; ++token) {
+    ++taken[scale_index(token)];
+    ++taken[zero_index(token)];
+  }
+  EXPECT_EQ(taken, std::vector<int>(2 * kTileTokens, 1));
+}
+
+TEST(DevicePage, ReadsWhatWasWritten) {
+  for (const int head_dim : kHeadDims) {
+    for (const PageClass cls :
+         {PageClass{2, 8}, PageClass{3, 2}, PageClass{4, 3}, PageClass{8, 4}}) {
+      std::vector<std::byte> bytes(page_bytes(head_dim, cls.key_bits, cls.value_bits));
+      HostPage page(bytes, head_dim, cls);
+      for (const bool write : {true, false}) {
+        Philox random(7, 0, 0);
+        for (int token = 0; token < kPageTokens; ++token) {
+          for (int channel = 0; channel < head_dim; ++channel) {
+            const int k = static_cast<int>(random.below(1u << cls.key_bits));
+            const int v = static_cast<int>(random.below(1u << cls.value_bits));
+            if (write) {
+              page.set_key_code(token, channel, k);
+              page.set_value_code(token, channel, v);
+            } else {
+              ASSERT_EQ(page.key_code(token, channel), k);
+              ASSERT_EQ(page.value_code(token, channel), v);
+            }
+          }
+          const Half scale = static_cast<Half>(random.next()),
+                     zero = static_cast<Half>(random.next());
+          if (write) {
+            page.set_scale_zero(token, scale, zero);
+          } else {
+            ASSERT_EQ(page.scale(token), scale);
+            ASSERT_EQ(page.zero(token), zero);
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace zipcache::cuda

@@ -1,0 +1,88 @@
+// Device pages on the host: reading and writing single codes and parameters, for importers and
+// tests. Slow by design; positions come from device_page.h.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <span>
+
+#include "base/half.h"
+#include "kernels/cuda/device_page.h"
+
+namespace zipcache::cuda {
+
+// A view of the bytes of one page; not an owner.
+class HostPage {
+ public:
+  // REQUIRES: bytes.size() >= page_bytes(head_dim, cls.key_bits, cls.value_bits).
+  HostPage(std::span<std::byte> bytes, int head_dim, PageClass cls)
+      : bytes_(bytes), head_dim_(head_dim), cls_(cls) {}
+
+  int key_code(int token, int channel) const {
+    return code(token, key_position(head_dim_, cls_.key_bits, token % kTileTokens, channel));
+  }
+  int value_code(int token, int channel) const { return code(token, value_at(token, channel)); }
+  void set_key_code(int token, int channel, int code) {
+    set_code(token, key_position(head_dim_, cls_.key_bits, token % kTileTokens, channel), code);
+  }
+  void set_value_code(int token, int channel, int code) {
+    set_code(token, value_at(token, channel), code);
+  }
+
+  // Token scale s and zero z of the values.
+  Half scale(int token) const { return param(token, scale_index(token % kTileTokens)); }
+  Half zero(int token) const { return param(token, zero_index(token % kTileTokens)); }
+  void set_scale_zero(int token, Half scale, Half zero) {
+    set_param(token, scale_index(token % kTileTokens), scale);
+    set_param(token, zero_index(token % kTileTokens), zero);
+  }
+
+ private:
+  CodePosition value_at(int token, int channel) const {
+    return value_position(head_dim_, cls_.key_bits, cls_.value_bits, token % kTileTokens, channel);
+  }
+  std::byte* tile(int token) const {
+    return bytes_.data() +
+           token / kTileTokens * tile_bytes(head_dim_, cls_.key_bits, cls_.value_bits);
+  }
+  static int read(const std::byte* tile, const BitField& field) {
+    std::uint32_t word;
+    std::memcpy(&word, tile + field.offset, sizeof(word));
+    return static_cast<int>(word >> field.shift & ((1u << field.bits) - 1));
+  }
+  static void write(std::byte* tile, const BitField& field, std::uint32_t value) {
+    std::uint32_t word;
+    std::memcpy(&word, tile + field.offset, sizeof(word));
+    const std::uint32_t mask = ((1u << field.bits) - 1) << field.shift;
+    word = (word & ~mask) | (value << field.shift & mask);
+    std::memcpy(tile + field.offset, &word, sizeof(word));
+  }
+  int code(int token, const CodePosition& at) const {
+    const int low = read(tile(token), at.low);
+    return at.high.bits == 0 ? low : low | read(tile(token), at.high) << at.low.bits;
+  }
+  void set_code(int token, const CodePosition& at, int code) {
+    write(tile(token), at.low, static_cast<std::uint32_t>(code));
+    if (at.high.bits != 0) {
+      write(tile(token), at.high, static_cast<std::uint32_t>(code) >> at.low.bits);
+    }
+  }
+  std::byte* params(int token) const {
+    return tile(token) + tile_param_offset(head_dim_, cls_.key_bits, cls_.value_bits);
+  }
+  Half param(int token, int index) const {
+    Half half;
+    std::memcpy(&half, params(token) + index * sizeof(Half), sizeof(Half));
+    return half;
+  }
+  void set_param(int token, int index, Half half) {
+    std::memcpy(params(token) + index * sizeof(Half), &half, sizeof(Half));
+  }
+
+  std::span<std::byte> bytes_;
+  int head_dim_;
+  PageClass cls_;
+};
+
+}  // namespace zipcache::cuda

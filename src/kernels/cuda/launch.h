@@ -1,0 +1,35 @@
+// Launchers without checks: cuda_kernels.h is the checked interface. Internal to this room.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "kernels/cuda/decode_config.h"
+#include "kernels/cuda/params.h"
+
+namespace zipcache::cuda {
+
+template <typename... Expected, typename... Actual>
+cudaError_t launch_kernel(void (*kernel)(Expected...), dim3 blocks, int threads, int shared_bytes,
+                          cudaStream_t stream, Actual&&... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, static_cast<Actual&&>(arguments)...);
+}
+
+// The decode kernel of one head_dim; instantiated in decode_d*.cu.
+template <int kHeadDim>
+struct DecodeLauncher {
+  // Allows the kernel `shared_bytes` and says how many of its blocks an SM then holds.
+  static cudaError_t prepare(int shared_bytes, int* blocks_per_sm);
+  static cudaError_t launch(const DecodeParams& params, const DecodeSharedPlan& plan,
+                            cudaStream_t stream);
+};
+
+cudaError_t launch_pack(const PackParams& params, int n_pages, cudaStream_t stream);
+cudaError_t launch_probe(const ProbeParams& params, cudaStream_t stream);
+cudaError_t launch_append(const AppendParams& params, cudaStream_t stream);
+
+}  // namespace zipcache::cuda

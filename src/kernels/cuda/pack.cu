@@ -1,0 +1,395 @@
+// Quantize and pack: fp16 keys and values of a prompt or of a full tail become device pages.
+//
+//   find_ranges    per (head, slab of slots): channel minima and maxima of keys per scale set,
+//   largest
+//                  |value| per channel; slabs meet in atomic maxima, which no order can change
+//   finish_params  per (head, channel): fp16 scale and minimum per scale set, channel factors
+//   pack_tiles     one warp per tile: codes in registers, words in the order of device_page.h
+//
+// The arithmetic is that of quant/grid.cc: parameters are rounded first and codes follow from the
+// rounded ones, half to even, clamped.
+#include <cuda_runtime.h>
+
+#include "kernels/cuda/cuda_kernels.h"
+#include "kernels/cuda/launch.h"
+#include "kernels/cuda/pack_words.cuh"
+#include "kernels/cuda/ptx.cuh"
+
+namespace zipcache::cuda {
+namespace {
+
+constexpr int kSlabSlots = 128;
+constexpr int kRangeThreads = 128;
+constexpr int kPackWarps = 4;
+constexpr float kLargestHalf = 65504.0f;
+
+// Floats as unsigned integers of the same order.
+__device__ __forceinline__ uint32_t ordered(float x) {
+  const uint32_t bits = __float_as_uint(x);
+  return bits >> 31 != 0 ? ~bits : bits | 0x80000000u;
+}
+__device__ __forceinline__ float from_ordered(uint32_t bits) {
+  return __uint_as_float(bits >> 31 != 0 ? bits & 0x7fffffffu : ~bits);
+}
+__device__ __forceinline__ float finite(float x) {
+  return isnan(x) ? 0.0f : fminf(fmaxf(x, -kLargestHalf), kLargestHalf);
+}
+__device__ __forceinline__ float rounded_half(float x) {
+  return ptx::low_half(ptx::pack_half2(fminf(fmaxf(x, -kLargestHalf), kLargestHalf), 0));
+}
+
+__device__ __forceinline__ int class_of_slot(const PackParams& p, int slot) {
+  int cls = 0, end = p.class_tokens[0];
+  while (slot >= end && cls + 1 < p.n_classes) {
+    end += p.class_tokens[++cls];
+  }
+  return cls;
+}
+__device__ __forceinline__ int64_t token_of_slot(const PackParams& p, int head, int slot) {
+  return p.order == nullptr ? slot
+                            : __ldg(p.order + static_cast<int64_t>(head) * p.n_tokens + slot);
+}
+
+// Workspace: [n_kv_heads, n_key_sets, 2 (max, max of the negative), head_dim], then
+// [n_kv_heads, head_dim] of the largest |value|. Zero is below every ordered() value.
+__device__ __forceinline__ uint32_t* key_extremes(const PackParams& p, int head, int set) {
+  return p.workspace + (static_cast<int64_t>(head) * p.n_key_sets + set) * 2 * p.head_dim;
+}
+__device__ __forceinline__ uint32_t* value_extremes(const PackParams& p, int head) {
+  return p.workspace + static_cast<int64_t>(p.n_kv_heads) * p.n_key_sets * 2 * p.head_dim +
+         static_cast<int64_t>(head) * p.head_dim;
+}
+
+// Threads: (head_dim / 8) column groups x rows of the block; each thread has 8 channels.
+__global__ void __launch_bounds__(kRangeThreads) find_ranges(const __grid_constant__ PackParams p) {
+  const int head = blockIdx.y;
+  const int columns = p.head_dim / 8;
+  const int column = threadIdx.x % columns, row = threadIdx.x / columns,
+            rows = kRangeThreads / columns;
+  const int begin = blockIdx.x * kSlabSlots, end = min(begin + kSlabSlots, p.n_tokens);
+
+  float high[8], negative_low[8], magnitude[8];
+  int set = -1;
+  const auto reset = [&] {
+    for (int c = 0; c < 8; ++c) {
+      high[c] = negative_low[c] = -INFINITY;
+    }
+  };
+  const auto flush = [&] {
+    if (set >= 0) {
+      uint32_t* to = key_extremes(p, head, set) + column * 8;
+      for (int c = 0; c < 8; ++c) {
+        atomicMax(to + c, ordered(high[c]));
+        atomicMax(to + p.head_dim + c, ordered(negative_low[c]));
+      }
+    }
+    reset();
+  };
+  reset();
+  for (int c = 0; c < 8; ++c) {
+    magnitude[c] = 0;
+  }
+  for (int slot = begin + row; slot < end; slot += rows) {
+    const int slot_set = p.key_set[class_of_slot(p, slot)];
+    if (slot_set != set) {
+      flush();
+      set = slot_set;
+    }
+    const int64_t at =
+        token_of_slot(p, head, slot) * p.token_stride + head * p.head_dim + column * 8;
+    const uint4 k = __ldg(reinterpret_cast<const uint4*>(p.k + at));
+    const uint4 v = __ldg(reinterpret_cast<const uint4*>(p.v + at));
+    const uint32_t keys[4] = {k.x, k.y, k.z, k.w}, values[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int c = 0; c < 8; ++c) {
+      const float key =
+          finite(c % 2 == 0 ? ptx::low_half(keys[c / 2]) : ptx::high_half(keys[c / 2]));
+      const float value =
+          finite(c % 2 == 0 ? ptx::low_half(values[c / 2]) : ptx::high_half(values[c / 2]));
+      high[c] = fmaxf(high[c], key);
+      negative_low[c] = fmaxf(negative_low[c], -key);
+      magnitude[c] = fmaxf(magnitude[c], fabsf(value));
+    }
+  }
+  flush();
+  if (!p.keep_factors) {
+    for (int c = 0; c < 8; ++c) {
+      atomicMax(value_extremes(p, head) + column * 8 + c, ordered(magnitude[c]));
+    }
+  }
+}
+
+// One block per head, one thread per channel.
+__global__ void finish_params(const __grid_constant__ PackParams p) {
+  const int head = blockIdx.x, channel = threadIdx.x;
+  for (int set = 0; set < p.n_key_sets; ++set) {
+    int cls = 0;  // all classes of a set have one key width and clip
+    while (cls + 1 < p.n_classes && p.key_set[cls] != set) {
+      ++cls;
+    }
+    const uint32_t* from = key_extremes(p, head, set) + channel;
+    float scale = 1, low = 0;
+    if (from[0] != 0) {  // the set has tokens
+      const float max = from_ordered(from[0]), min = -from_ordered(from[p.head_dim]);
+      const float margin = (max - min) * ((1.0f - p.key_clip[cls]) * 0.5f);
+      low = min + margin;
+      scale = rounded_half(((max - margin) - low) / ((1 << p.classes[cls].key_bits) - 1));
+      scale = scale > 0 ? scale : 1.0f;
+    }
+    HalfBits* to = p.key_sets + (static_cast<int64_t>(head) * p.n_key_sets + set) * 2 * p.head_dim;
+    to[channel] = static_cast<HalfBits>(ptx::pack_half2(scale, 0));
+    to[p.head_dim + channel] = static_cast<HalfBits>(ptx::pack_half2(rounded_half(low), 0));
+  }
+  if (p.keep_factors) {
+    return;
+  }
+
+  // C_c = sqrt(max |v|), times the power of two that puts the largest possible token scale of a
+  // 2-bit class, 2/3 of the largest C_c, into [4, 8): small enough for weights in fp16, large
+  // enough that small weights do not vanish there.
+  __shared__ float largest[kWarpLanes];
+  const uint32_t bits = value_extremes(p, head)[channel];
+  const float root = bits != 0 ? sqrtf(from_ordered(bits)) : 0.0f;
+  float of_warp = root;
+  for (int offset = 16; offset > 0; offset /= 2) {
+    of_warp = fmaxf(of_warp, __shfl_xor_sync(ptx::kFullWarp, of_warp, offset));
+  }
+  if (channel % kWarpLanes == 0) {
+    largest[channel / kWarpLanes] = of_warp;
+  }
+  __syncthreads();
+  float bound = 0;
+  for (int warp = 0; warp < p.head_dim / kWarpLanes; ++warp) {
+    bound = fmaxf(bound, largest[warp]);
+  }
+  const int exponent = bound > 0 ? (__float_as_int(bound * (2.0f / 3.0f)) >> 23) - 127 - 2 : 0;
+  const float factor = rounded_half(root);
+  p.value_factors[static_cast<int64_t>(head) * p.head_dim + channel] =
+      ldexpf(factor > 0 ? factor : 1.0f, exponent);
+}
+
+// The 8 channels from `channel` on of a slot of a head, as floats; zeros for an unused slot.
+__device__ __forceinline__ void load_channels(const HalfBits* base, int64_t at, bool used,
+                                              float (&x)[8]) {
+  uint4 v = {0, 0, 0, 0};
+  if (used) {
+    v = __ldg(reinterpret_cast<const uint4*>(base + at));
+  }
+  const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int pair = 0; pair < 4; ++pair) {
+    x[pair * 2] = finite(ptx::low_half(pairs[pair]));
+    x[pair * 2 + 1] = finite(ptx::high_half(pairs[pair]));
+  }
+}
+
+template <int kHeadDim, int kBits>
+__device__ __forceinline__ void pack_keys(const PackParams& p, const int64_t (&rows)[4],
+                                          const bool (&used)[4], const HalfBits* set, int lane,
+                                          uint8_t* tile) {
+  constexpr float kLevels = (1 << kBits) - 1;
+  const int first = (lane & 3) * 8;
+#pragma unroll 1
+  for (int chunk = 0; chunk < kHeadDim / 32; ++chunk) {
+    float scale[8], low[8];
+    load_channels(set, chunk * 32 + first, true, scale);
+    load_channels(set + kHeadDim, chunk * 32 + first, true, low);
+    uint32_t codes[4][8];
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {  // tokens g + 8n
+      float x[8];
+      load_channels(p.k, rows[n] + chunk * 32 + first, used[n], x);
+#pragma unroll
+      for (int c = 0; c < 8; ++c) {
+        const float code = fminf(fmaxf(rintf((x[c] - low[c]) / scale[c]), 0.0f), kLevels);
+        codes[n][c] = used[n] ? static_cast<uint32_t>(code) : 0u;
+      }
+    }
+    store_key_words<kHeadDim, kBits>(tile, lane, chunk, codes);
+  }
+}
+
+template <int kHeadDim, int kBits>
+__device__ __forceinline__ void pack_values(const PackParams& p, const int64_t (&rows)[8],
+                                            const bool (&used)[8], const float* factors, float clip,
+                                            int lane, uint8_t* codes_at, HalfBits* params) {
+  constexpr float kLevels = (1 << kBits) - 1;
+  const int first = (lane >> 2) * 8;
+  const auto load = [&](int part, int token, float(&x)[8]) {
+    load_channels(p.v, rows[token] + part * 64 + first, used[token], x);
+#pragma unroll
+    for (int c = 0; c < 8; ++c) {
+      x[c] /= factors[part * 64 + first + c];
+    }
+  };
+
+  // Ranges of the lane's 8 tokens over all channels: its own, then the 8 lanes that share the
+  // tokens.
+  float scale[8], zero[8], low[8];
+#pragma unroll
+  for (int token = 0; token < 8; ++token) {
+    float max = -INFINITY, min = INFINITY;
+#pragma unroll
+    for (int part = 0; part < kHeadDim / 64; ++part) {
+      float x[8];
+      load(part, token, x);
+#pragma unroll
+      for (int c = 0; c < 8; ++c) {
+        max = fmaxf(max, x[c]);
+        min = fminf(min, x[c]);
+      }
+    }
+#pragma unroll
+    for (int offset = 4; offset < 32; offset *= 2) {
+      max = fmaxf(max, __shfl_xor_sync(ptx::kFullWarp, max, offset));
+      min = fminf(min, __shfl_xor_sync(ptx::kFullWarp, min, offset));
+    }
+    const float margin = (max - min) * ((1.0f - clip) * 0.5f);
+    low[token] = min + margin;
+    scale[token] = rounded_half(fminf(((max - margin) - low[token]) / kLevels, 127.0f));
+    const bool flat = !(scale[token] > 0);
+    scale[token] = flat ? 1.0f : scale[token];
+    zero[token] = rounded_half(-low[token] / scale[token]);
+    low[token] = __fmul_rn(-zero[token], scale[token]);  // no contraction: testable to the bit
+    if (lane < 4) {
+      // Tokens of lane i: 2i, 2i+1, 2i+8, 2i+9, and those + 16.
+      const int t = token / 4 * 16 + token / 2 % 2 * 8 + lane * 2 + token % 2;
+      params[scale_index(t)] =
+          static_cast<HalfBits>(ptx::pack_half2(used[token] ? scale[token] : 0, 0));
+      params[zero_index(t)] =
+          static_cast<HalfBits>(ptx::pack_half2(used[token] ? zero[token] : 0, 0));
+    }
+  }
+#pragma unroll 1
+  for (int part = 0; part < kHeadDim / 64; ++part) {
+    uint32_t codes[8][8];  // [token][channel]
+#pragma unroll
+    for (int token = 0; token < 8; ++token) {
+      float x[8];
+      load(part, token, x);
+#pragma unroll
+      for (int c = 0; c < 8; ++c) {
+        const float code = fminf(fmaxf(rintf((x[c] - low[token]) / scale[token]), 0.0f), kLevels);
+        codes[token][c] = used[token] ? static_cast<uint32_t>(code) : 0u;
+      }
+    }
+    store_value_words<kHeadDim, kBits>(codes_at, lane, part, codes);
+  }
+}
+
+template <int kHeadDim>
+__global__ void __launch_bounds__(kPackWarps* kWarpLanes)
+    pack_tiles(const __grid_constant__ PackParams p, int n_pages) {
+  const int lane = threadIdx.x % kWarpLanes;
+  const int tile_index = blockIdx.x * kPackWarps + threadIdx.x / kWarpLanes;
+  const int head = blockIdx.y;
+  const int page = tile_index / kTilesPerPage;
+  if (page >= n_pages) {
+    return;
+  }
+  // Which slots: pages stand in class order, each class from a fresh page on.
+  const PageEntry entry = p.pages[static_cast<int64_t>(head) * n_pages + page];
+  const PageClass cls = p.classes[entry.cls];
+  int first_page = 0, first_slot = 0;
+  for (int c = 0; c < entry.cls; ++c) {
+    first_page += (p.class_tokens[c] + kPageTokens - 1) / kPageTokens;
+    first_slot += p.class_tokens[c];
+  }
+  const int tile = tile_index % kTilesPerPage;
+  const int in_class = (page - first_page) * kPageTokens + tile * kTileTokens;
+  const int n_used = min(max(p.class_tokens[entry.cls] - in_class, 0), kTileTokens);
+  const int begin = first_slot + in_class;
+
+  const int bytes = tile_bytes(kHeadDim, cls.key_bits, cls.value_bits);
+  uint8_t* to = p.pool + static_cast<uint64_t>(entry.unit) * kTileAlignment + tile * bytes;
+  const auto start_of = [&](int token, bool used) {
+    return used ? token_of_slot(p, head, begin + token) * p.token_stride +
+                      static_cast<int64_t>(head) * kHeadDim
+                : 0;
+  };
+
+  int64_t key_rows[4], value_rows[8];
+  bool key_used[4], value_used[8];
+#pragma unroll
+  for (int n = 0; n < 4; ++n) {
+    const int token = n * 8 + (lane >> 2);
+    key_used[n] = token < n_used;
+    key_rows[n] = start_of(token, key_used[n]);
+  }
+  const HalfBits* set =
+      p.key_sets +
+      (static_cast<int64_t>(head) * p.n_key_sets + p.key_set[entry.cls]) * 2 * kHeadDim;
+  switch (cls.key_bits) {
+    case 2:
+      pack_keys<kHeadDim, 2>(p, key_rows, key_used, set, lane, to);
+      break;
+    case 3:
+      pack_keys<kHeadDim, 3>(p, key_rows, key_used, set, lane, to);
+      break;
+    case 4:
+      pack_keys<kHeadDim, 4>(p, key_rows, key_used, set, lane, to);
+      break;
+    default:
+      pack_keys<kHeadDim, 8>(p, key_rows, key_used, set, lane, to);
+      break;
+  }
+
+#pragma unroll
+  for (int n = 0; n < 8; ++n) {
+    const int token = n / 4 * 16 + n / 2 % 2 * 8 + (lane & 3) * 2 + n % 2;
+    value_used[n] = token < n_used;
+    value_rows[n] = start_of(token, value_used[n]);
+  }
+  uint8_t* codes = to + tile_value_offset(kHeadDim, cls.key_bits);
+  HalfBits* params =
+      reinterpret_cast<HalfBits*>(to + tile_param_offset(kHeadDim, cls.key_bits, cls.value_bits));
+  const float* factors = p.value_factors + static_cast<int64_t>(head) * kHeadDim;
+  const float clip = p.value_clip[entry.cls];
+  switch (cls.value_bits) {
+    case 2:
+      pack_values<kHeadDim, 2>(p, value_rows, value_used, factors, clip, lane, codes, params);
+      break;
+    case 3:
+      pack_values<kHeadDim, 3>(p, value_rows, value_used, factors, clip, lane, codes, params);
+      break;
+    case 4:
+      pack_values<kHeadDim, 4>(p, value_rows, value_used, factors, clip, lane, codes, params);
+      break;
+    default:
+      pack_values<kHeadDim, 8>(p, value_rows, value_used, factors, clip, lane, codes, params);
+      break;
+  }
+}
+
+}  // namespace
+
+cudaError_t launch_pack(const PackParams& p, int n_pages, cudaStream_t stream) {
+  cudaError_t error =
+      cudaMemsetAsync(p.workspace, 0, pack_workspace_words(p) * sizeof(uint32_t), stream);
+  if (error != cudaSuccess) {
+    return error;
+  }
+  const dim3 slabs((p.n_tokens + kSlabSlots - 1) / kSlabSlots, p.n_kv_heads);
+  error = launch_kernel(find_ranges, slabs, kRangeThreads, 0, stream, p);
+  if (error != cudaSuccess) {
+    return error;
+  }
+  error = launch_kernel(finish_params, dim3(p.n_kv_heads), p.head_dim, 0, stream, p);
+  if (error != cudaSuccess) {
+    return error;
+  }
+  const dim3 tiles((n_pages * kTilesPerPage + kPackWarps - 1) / kPackWarps, p.n_kv_heads);
+  const auto pack_with = [&](auto kernel) {
+    return launch_kernel(kernel, tiles, kPackWarps * kWarpLanes, 0, stream, p, n_pages);
+  };
+  switch (p.head_dim) {
+    case 64:
+      return pack_with(pack_tiles<64>);
+    case 128:
+      return pack_with(pack_tiles<128>);
+    default:
+      return pack_with(pack_tiles<256>);
+  }
+}
+
+}  // namespace zipcache::cuda

@@ -1,0 +1,365 @@
+// Quantize-and-pack, the probe kernel and the tail, each against its formula.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <numeric>
+
+#include "kernels/cuda/decode_case.h"
+#include "kernels/cuda/host_page.h"
+
+namespace zipcache::cuda {
+namespace {
+
+using PackTest = DeviceTest;
+using ProbeTest = DeviceTest;
+using TailTest = DeviceTest;
+
+std::vector<Half> random_halves(std::size_t n, Random& random) {
+  std::vector<Half> out(n);
+  for (Half& x : out) {
+    x = float_to_half(random.normal());
+  }
+  return out;
+}
+
+struct PackCase {
+  int head_dim = 128;
+  int n_kv_heads = 2;
+  std::vector<PageClass> classes{{4, 4}, {2, 2}};
+  std::vector<int> class_tokens;
+  std::vector<int> key_set{0, 1};
+  float clip = 1.0f;
+};
+
+struct Packed {
+  HostCache cache;  // one sequence
+  std::vector<Half> k, v;
+  std::vector<std::int32_t> order;
+};
+
+Packed run_pack(const PackCase& c) {
+  const int n = std::accumulate(c.class_tokens.begin(), c.class_tokens.end(), 0);
+  Random random(n + c.head_dim);
+  Packed packed;
+  packed.k = random_halves(std::size_t(n) * c.n_kv_heads * c.head_dim, random);
+  packed.v = random_halves(packed.k.size(), random);
+  for (int head = 0; head < c.n_kv_heads; ++head) {
+    std::vector<std::int32_t> order(n);
+    std::iota(order.begin(), order.end(), 0);
+    for (int at = n - 1; at > 0; --at) {
+      std::swap(order[at], order[random.below(at + 1)]);
+    }
+    packed.order.insert(packed.order.end(), order.begin(), order.end());
+  }
+
+  PackParams p;
+  p.n_tokens = n;
+  p.n_kv_heads = c.n_kv_heads;
+  p.head_dim = c.head_dim;
+  p.token_stride = c.n_kv_heads * c.head_dim;
+  p.n_classes = static_cast<int>(c.classes.size());
+  p.n_key_sets = *std::max_element(c.key_set.begin(), c.key_set.end()) + 1;
+  for (int cls = 0; cls < p.n_classes; ++cls) {
+    p.classes[cls] = c.classes[cls];
+    p.class_tokens[cls] = c.class_tokens[cls];
+    p.key_set[cls] = c.key_set[cls];
+    p.key_clip[cls] = p.value_clip[cls] = c.clip;
+  }
+  std::uint32_t unit = 0;
+  HostCache& cache = packed.cache;
+  for (int head = 0; head < c.n_kv_heads; ++head) {
+    for (int cls = 0; cls < p.n_classes; ++cls) {
+      for (int first = 0; first < c.class_tokens[cls]; first += kPageTokens) {
+        PageEntry entry;
+        entry.unit = unit;
+        entry.set = static_cast<std::uint16_t>(c.key_set[cls]);
+        entry.tokens =
+            static_cast<std::uint8_t>(std::min(c.class_tokens[cls] - first, kPageTokens));
+        entry.cls = static_cast<std::uint8_t>(cls);
+        cache.pages.push_back(entry);
+        unit += page_bytes(c.head_dim, c.classes[cls].key_bits, c.classes[cls].value_bits) /
+                kTileAlignment;
+      }
+    }
+    cache.row_begin.push_back(static_cast<std::int32_t>(cache.pages.size()));
+    cache.set_base.push_back(head * p.n_key_sets);
+  }
+  const DeviceArray<Half> k(packed.k), v(packed.v);
+  const DeviceArray<std::int32_t> order(packed.order);
+  const DeviceArray<PageEntry> pages(cache.pages);
+  DeviceArray<std::byte> pool(std::size_t{unit} * kTileAlignment);
+  DeviceArray<Half> key_sets(std::size_t(c.n_kv_heads) * p.n_key_sets * 2 * c.head_dim);
+  DeviceArray<float> factors(std::size_t(c.n_kv_heads) * c.head_dim);
+  DeviceArray<std::uint32_t> workspace(pack_workspace_words(p));
+  p.k = k.data();
+  p.v = v.data();
+  p.order = order.data();
+  p.pages = pages.data();
+  p.pool = reinterpret_cast<std::uint8_t*>(pool.data());
+  p.key_sets = key_sets.data();
+  p.value_factors = factors.data();
+  p.workspace = workspace.data();
+  EXPECT_EQ(pack_pages(p) * c.n_kv_heads, static_cast<int>(cache.pages.size()));
+  const Status status = pack(p, nullptr);
+  EXPECT_TRUE(status) << (status ? "" : status.error().message);
+  cache.pool = pool.to_host();
+  cache.key_sets = key_sets.to_host();
+  cache.value_factors = factors.to_host();
+  EXPECT_TRUE(pool.guards_intact() && key_sets.guards_intact() && factors.guards_intact() &&
+              workspace.guards_intact());
+  return packed;
+}
+
+int code_of(float x, float low, float scale, int bits) {
+  const float code = std::nearbyint((x - low) / scale);
+  return static_cast<int>(std::clamp(code, 0.0f, static_cast<float>((1 << bits) - 1)));
+}
+
+void check_pack(const PackCase& c) {
+  const Packed packed = run_pack(c);
+  const int n = std::accumulate(c.class_tokens.begin(), c.class_tokens.end(), 0);
+  const int stride = c.n_kv_heads * c.head_dim;
+  for (int head = 0; head < c.n_kv_heads; ++head) {
+    const float* factors = &packed.cache.value_factors[std::size_t(head) * c.head_dim];
+    int first_slot = 0, page_index = packed.cache.row_begin[head];
+
+    // Key parameters: the range of the set's tokens, shrunk about its centre.
+    const int n_sets = *std::max_element(c.key_set.begin(), c.key_set.end()) + 1;
+    for (int set = 0; set < n_sets; ++set) {
+      const Half* stored =
+          &packed.cache.key_sets[std::size_t(packed.cache.set_base[head] + set) * 2 * c.head_dim];
+      for (int channel = 0; channel < c.head_dim; ++channel) {
+        float low = INFINITY, high = -INFINITY;
+        int slot = 0, bits = 0;
+        for (std::size_t cls = 0; cls < c.classes.size(); ++cls) {
+          for (int at = 0; at < c.class_tokens[cls]; ++at, ++slot) {
+            if (c.key_set[cls] != set) {
+              continue;
+            }
+            bits = c.classes[cls].key_bits;
+            const int token = packed.order[std::size_t(head) * n + slot];
+            const float x =
+                half_to_float(packed.k[std::size_t(token) * stride + head * c.head_dim + channel]);
+            low = std::min(low, x);
+            high = std::max(high, x);
+          }
+        }
+        if (bits == 0) {
+          continue;
+        }
+        const float width = (high - low) * c.clip;
+        const float levels = static_cast<float>((1 << bits) - 1);
+        const float step = width / levels;
+        ASSERT_NEAR(half_to_float(stored[channel]), step > 0 ? step : 1.0f, step * 0x1p-10f);
+        ASSERT_NEAR(half_to_float(stored[c.head_dim + channel]), (low + high - width) / 2,
+                    std::abs(low) * 0x1p-10f + 1e-6f);
+      }
+    }
+
+    for (std::size_t cls = 0; cls < c.classes.size(); ++cls) {
+      const PageClass bits = c.classes[cls];
+      for (int at = 0; at < c.class_tokens[cls]; ++at) {
+        const PageEntry entry = packed.cache.pages[page_index + at / kPageTokens];
+        std::byte* bytes =
+            const_cast<std::byte*>(&packed.cache.pool[std::size_t{entry.unit} * kTileAlignment]);
+        const HostPage page({bytes, static_cast<std::size_t>(
+                                        page_bytes(c.head_dim, bits.key_bits, bits.value_bits))},
+                            c.head_dim, bits);
+        const int in_page = at % kPageTokens;
+        const int token = packed.order[std::size_t(head) * n + first_slot + at];
+        const std::size_t from = std::size_t(token) * stride + std::size_t(head) * c.head_dim;
+        const Half* set =
+            &packed.cache.key_sets[std::size_t(packed.cache.set_base[head] + c.key_set[cls]) * 2 *
+                                   c.head_dim];
+        const float scale = half_to_float(page.scale(in_page));
+        const float zero = half_to_float(page.zero(in_page));
+        float low = INFINITY, high = -INFINITY;
+        for (int channel = 0; channel < c.head_dim; ++channel) {
+          const float k = half_to_float(packed.k[from + channel]);
+          ASSERT_EQ(page.key_code(in_page, channel),
+                    code_of(k, half_to_float(set[c.head_dim + channel]),
+                            half_to_float(set[channel]), bits.key_bits));
+          const float v = half_to_float(packed.v[from + channel]) / factors[channel];
+          ASSERT_EQ(page.value_code(in_page, channel),
+                    code_of(v, -zero * scale, scale, bits.value_bits))
+              << "head " << head << " class " << cls << " token " << at << " channel " << channel;
+          low = std::min(low, v);
+          high = std::max(high, v);
+        }
+        const float width = (high - low) * c.clip;
+        const float levels = static_cast<float>((1 << bits.value_bits) - 1);
+        ASSERT_NEAR(scale, width / levels, width / levels * 0x1p-10f);
+        ASSERT_NEAR(zero, -(low + high - width) / 2 / scale, levels * 0x1p-9f);
+        ASSERT_LT(scale, 8.0f);
+      }
+      first_slot += c.class_tokens[cls];
+      page_index += (c.class_tokens[cls] + kPageTokens - 1) / kPageTokens;
+    }
+  }
+
+  // And the pages are what decode attention takes.
+  DecodeCase d;
+  d.head_dim = c.head_dim;
+  d.n_kv_heads = c.n_kv_heads;
+  d.group = 2;
+  d.classes = c.classes;
+  d.class_tokens = {c.class_tokens};
+  HostCache cache = packed.cache;
+  Random random(3);
+  cache.q = random_halves(std::size_t(d.n_heads()) * d.head_dim, random);
+  expect_attention(d, cache, run_decode(d, cache)[0]);
+}
+
+TEST_F(PackTest, EveryWidth) {
+  const std::vector<PageClass> pairs[] = {
+      {{2, 3}, {8, 2}}, {{3, 4}, {4, 3}}, {{4, 8}, {2, 4}}, {{8, 2}, {3, 8}}};
+  for (const int head_dim : {64, 128, 256}) {
+    for (const std::vector<PageClass>& classes : pairs) {
+      SCOPED_TRACE(::testing::Message()
+                   << "head_dim " << head_dim << ", K " << int{classes[0].key_bits});
+      PackCase c;
+      c.head_dim = head_dim;
+      c.classes = classes;
+      c.class_tokens = {150, 77};
+      check_pack(c);
+    }
+  }
+}
+
+TEST_F(PackTest, ClassesOfTheDefaultPolicy) {
+  PackCase c;
+  c.classes = {{4, 3}, {3, 3}, {3, 2}};
+  c.class_tokens = {300, 200, 500};
+  c.key_set = {0, 1, 1};
+  c.clip = 0.9f;
+  check_pack(c);
+}
+
+TEST_F(PackTest, EdgesOfPages) {
+  for (const int n : {1, 31, 32, 33, 63, 64, 65, 128, 129}) {
+    SCOPED_TRACE(n);
+    PackCase c;
+    c.class_tokens = {n, 0};
+    check_pack(c);
+    c.class_tokens = {1, n};
+    check_pack(c);
+  }
+}
+
+TEST_F(ProbeTest, ColumnSums) {
+  for (const int head_dim : {64, 128, 256}) {
+    for (const int n : {1, 5, 255, 256, 257, 700}) {
+      for (const int group : {1, 3, 4}) {
+        SCOPED_TRACE(::testing::Message()
+                     << "head_dim " << head_dim << ", " << n << " tokens, group " << group);
+        const int n_kv_heads = 2, n_heads = n_kv_heads * group;
+        Random random(n);
+        std::vector<std::int32_t> positions;
+        for (int at = 0; at < n; ++at) {
+          if (at + 7 >= n || random.below(10) == 0) {
+            positions.push_back(at);
+          }
+        }
+        const int n_probes = static_cast<int>(positions.size());
+        const std::vector<Half> q =
+            random_halves(std::size_t(n_probes) * n_heads * head_dim, random);
+        const std::vector<Half> k = random_halves(std::size_t(n) * n_kv_heads * head_dim, random);
+        const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
+
+        std::vector<float> lse(std::size_t(n_probes) * n_heads);
+        std::vector<double> expected(std::size_t(n_kv_heads) * n), scores(n);
+        for (int probe = 0; probe < n_probes; ++probe) {
+          for (int head = 0; head < n_heads; ++head) {
+            double sum = 0;
+            for (int token = 0; token <= positions[probe]; ++token) {
+              double dot = 0;
+              for (int c = 0; c < head_dim; ++c) {
+                dot +=
+                    double{half_to_float(q[(std::size_t(probe) * n_heads + head) * head_dim + c])} *
+                    half_to_float(
+                        k[(std::size_t(token) * n_kv_heads + head / group) * head_dim + c]);
+              }
+              scores[token] = std::exp(dot * scale);
+              sum += scores[token];
+            }
+            lse[std::size_t(probe) * n_heads + head] = static_cast<float>(std::log2(sum));
+            for (int token = 0; token <= positions[probe]; ++token) {
+              expected[std::size_t(head / group) * n + token] += scores[token] / sum;
+            }
+          }
+        }
+
+        ProbeParams p;
+        p.n_tokens = n;
+        p.n_probes = n_probes;
+        p.n_kv_heads = n_kv_heads;
+        p.n_heads = n_heads;
+        p.head_dim = head_dim;
+        p.scale = scale;
+        const DeviceArray<Half> dq(q), dk(k);
+        const DeviceArray<float> dlse(lse);
+        const DeviceArray<std::int32_t> dpositions(positions);
+        DeviceArray<float> saliency(expected.size());
+        p.q = dq.data();
+        p.k = dk.data();
+        p.token_stride = n_kv_heads * head_dim;
+        p.lse = dlse.data();
+        p.positions = dpositions.data();
+        p.saliency = saliency.data();
+        ASSERT_TRUE(probe_saliency(p, nullptr));
+        const std::vector<float> got = saliency.to_host();
+        EXPECT_TRUE(saliency.guards_intact());
+        for (int head = 0; head < n_kv_heads; ++head) {
+          for (int token = 0; token < n; ++token) {
+            const auto n_seeing =
+                positions.end() - std::lower_bound(positions.begin(), positions.end(), token);
+            const double want =
+                expected[std::size_t(head) * n + token] / static_cast<double>(n_seeing * group);
+            ASSERT_NEAR(got[std::size_t(head) * n + token], want, 5e-5 * want + 1e-9)
+                << "head " << head << " token " << token;
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_F(TailTest, AppendsUntilFull) {
+  const int n_sequences = 3, n_kv_heads = 2, head_dim = 64;
+  Random random(5);
+  const std::size_t row = std::size_t{kTailTokens} * head_dim;
+  DeviceArray<Half> tail_k(n_sequences * n_kv_heads * row), tail_v(n_sequences * n_kv_heads * row);
+  DeviceArray<std::int32_t> counts(std::vector<std::int32_t>{0, 126, 128});
+  AppendParams p;
+  p.n_sequences = n_sequences;
+  p.n_kv_heads = n_kv_heads;
+  p.head_dim = head_dim;
+  p.tail_k = tail_k.data();
+  p.tail_v = tail_v.data();
+  p.tail_tokens = counts.data();
+  std::vector<Half> want_k = tail_k.to_host(), want_v = tail_v.to_host();
+  for (int step = 0; step < 3; ++step) {
+    const std::vector<Half> k = random_halves(n_sequences * n_kv_heads * head_dim, random);
+    const std::vector<Half> v = random_halves(k.size(), random);
+    const DeviceArray<Half> dk(k), dv(v);
+    p.k = dk.data();
+    p.v = dv.data();
+    ASSERT_TRUE(append_tail(p, nullptr));
+    require(cudaDeviceSynchronize());
+    for (int r = 0; r < n_sequences * n_kv_heads; ++r) {
+      const int start[] = {0, 126, 128};
+      const int at = start[r / n_kv_heads] + step;
+      if (at < kTailTokens) {
+        std::copy_n(&k[r * head_dim], head_dim, &want_k[r * row + at * head_dim]);
+        std::copy_n(&v[r * head_dim], head_dim, &want_v[r * row + at * head_dim]);
+      }
+    }
+  }
+  EXPECT_EQ(tail_k.to_host(), want_k);
+  EXPECT_EQ(tail_v.to_host(), want_v);
+  EXPECT_EQ(counts.to_host(), (std::vector<std::int32_t>{3, 128, 128}));
+  EXPECT_TRUE(tail_k.guards_intact() && tail_v.guards_intact() && counts.guards_intact());
+}
+
+}  // namespace
+}  // namespace zipcache::cuda

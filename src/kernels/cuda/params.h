@@ -1,0 +1,112 @@
+// What the kernels take: plain structs of device pointers and sizes. No ownership, no framework.
+// Shapes stand beside the pointers; strides are named where they are not the product of the dims.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/cuda/device_page.h"
+
+namespace zipcache::cuda {
+
+using HalfBits = std::uint16_t;  // fp16, kept as its bits
+
+// A run of pages of one row (sequence, KV head) for one block of threads. Made by plan_decode().
+struct WorkItem {
+  std::int32_t row = 0;
+  std::int32_t first_page = 0;  // index into DecodeParams::pages
+  std::int32_t n_pages = 0;
+  std::int32_t with_tail = 0;      // 1: the row's fp16 tail too
+  std::int32_t next = -1;          // the block's next item, -1 = none
+  std::int32_t partial = 0;        // this item's slot among all partial results
+  std::int32_t first_partial = 0;  // slots of the row: [first_partial, first_partial + n_partials)
+  std::int32_t n_partials = 0;     // 1: the item is the whole row and writes the result itself
+};
+static_assert(sizeof(WorkItem) == 32);
+
+// Attention of one query token per sequence. Row r = sequence * n_kv_heads + kv_head.
+struct DecodeParams {
+  std::int32_t n_sequences = 0;
+  std::int32_t n_kv_heads = 0;
+  std::int32_t n_heads = 0;  // query heads; group = n_heads / n_kv_heads, 1..8
+  std::int32_t head_dim = 0;
+  float scale = 0;  // of q . k, usually 1 / sqrt(head_dim)
+
+  const HalfBits* q = nullptr;  // [n_sequences, n_heads, head_dim]
+  float* out = nullptr;         // [n_sequences, n_heads, head_dim]
+  float* lse = nullptr;         // [n_sequences, n_heads], base 2; may be nullptr
+
+  std::int32_t n_classes = 0;
+  PageClass classes[kMaxClasses];
+  const std::uint8_t* pool = nullptr;      // 128-byte aligned
+  const PageEntry* pages = nullptr;        // [all pages of all rows]
+  const HalfBits* key_sets = nullptr;      // [sets, 2, head_dim]: scale, min
+  const std::int32_t* set_base = nullptr;  // [rows]: the row's first set
+  const float* value_factors = nullptr;    // [rows, head_dim]
+
+  const HalfBits* tail_k = nullptr;           // [rows, kTailTokens, head_dim]; may be nullptr
+  const HalfBits* tail_v = nullptr;           // same shape
+  const std::int32_t* tail_tokens = nullptr;  // [n_sequences], 0..kTailTokens
+
+  const WorkItem* items = nullptr;  // [>= n_blocks]: block b starts at item b
+  std::int32_t n_blocks = 0;
+  float* partials = nullptr;         // [n_partials, group, head_dim + 2]
+  std::uint32_t* tickets = nullptr;  // [rows], zero; left zero
+};
+
+// Quantizes tokens of one sequence into pages. Slots are tokens in class order: first those of page
+// class 0, and so on; every head has the same counts. Pages of a class start on a fresh page.
+struct PackParams {
+  std::int32_t n_tokens = 0;
+  std::int32_t n_kv_heads = 0;
+  std::int32_t head_dim = 0;
+  const HalfBits* k = nullptr;          // [n_tokens, n_kv_heads, head_dim], token_stride between
+  const HalfBits* v = nullptr;          // same shape
+  std::int64_t token_stride = 0;        // halves between tokens
+  const std::int32_t* order = nullptr;  // [n_kv_heads, n_tokens]: slot -> token; nullptr: identity
+
+  std::int32_t n_classes = 0;  // page classes, most salient first
+  PageClass classes[kMaxClasses];
+  std::int32_t class_tokens[kMaxClasses] = {};
+  std::int32_t key_set[kMaxClasses] = {};  // class -> scale set of the row (0..n_key_sets-1)
+  std::int32_t n_key_sets = 0;             // <= 4
+  float key_clip[kMaxClasses] = {};        // per class: its range shrunk to this fraction
+  float value_clip[kMaxClasses] = {};
+  bool keep_factors = false;  // value_factors are given (a later segment), not computed
+
+  std::uint8_t* pool = nullptr;
+  const PageEntry* pages = nullptr;    // [n_kv_heads, n_pages], n_pages as pack_pages() counts
+  HalfBits* key_sets = nullptr;        // [n_kv_heads, n_key_sets, 2, head_dim]
+  float* value_factors = nullptr;      // [n_kv_heads, head_dim]
+  std::uint32_t* workspace = nullptr;  // pack_workspace_words() words
+};
+
+// Column sums of the attention weights of probe rows (paper section 4.3): for every KV head and
+// token the mean weight over its query heads and over the probes that see the token.
+struct ProbeParams {
+  std::int32_t n_tokens = 0;
+  std::int32_t n_probes = 0;
+  std::int32_t n_kv_heads = 0;
+  std::int32_t n_heads = 0;
+  std::int32_t head_dim = 0;
+  float scale = 0;
+  const HalfBits* q = nullptr;  // [n_probes, n_heads, head_dim]
+  const HalfBits* k = nullptr;  // [n_tokens, n_kv_heads, head_dim], token_stride between
+  std::int64_t token_stride = 0;
+  const float* lse = nullptr;               // [n_probes, n_heads], base 2
+  const std::int32_t* positions = nullptr;  // [n_probes], ascending: a probe sees tokens <= it
+  float* saliency = nullptr;                // [n_kv_heads, n_tokens]
+};
+
+// Appends one token per sequence to the tails.
+struct AppendParams {
+  std::int32_t n_sequences = 0;
+  std::int32_t n_kv_heads = 0;
+  std::int32_t head_dim = 0;
+  const HalfBits* k = nullptr;  // [n_sequences, n_kv_heads, head_dim]
+  const HalfBits* v = nullptr;  // same shape
+  HalfBits* tail_k = nullptr;   // [rows, kTailTokens, head_dim]
+  HalfBits* tail_v = nullptr;
+  std::int32_t* tail_tokens = nullptr;  // [n_sequences]; a full tail is left as it is
+};
+
+}  // namespace zipcache::cuda

@@ -1,0 +1,180 @@
+// Saliency of prompt tokens from probe rows: column sums of exp2(score - lse), divided by the
+// number of probes that see the token (paper section 4.3). Only Q K^T is computed: the probe rows'
+// lse comes from the attention pass.
+//
+// A block owns 256 keys of a KV head, 32 per warp, as matrix operands in registers; it streams the
+// probe rows of the head's query group through shared memory. Sums stay in registers: no atomics,
+// no memory that grows with the product of tokens and probes, and the same bits in every run.
+#include <cuda_runtime.h>
+
+#include "kernels/cuda/launch.h"
+#include "kernels/cuda/ptx.cuh"
+
+namespace zipcache::cuda {
+namespace {
+
+constexpr int kProbeWarps = 8;
+constexpr int kProbeThreads = kProbeWarps * kWarpLanes;
+constexpr int kBlockKeys = kProbeWarps * 32;
+constexpr int kTileColumns = 64;  // (probe, query head) pairs per stage
+
+// [two stages of 64 query rows][two stages of (lse, position) of 64 columns]
+__host__ __device__ constexpr int stage_bytes(int head_dim) { return kTileColumns * head_dim * 2; }
+constexpr int probe_shared_bytes(int head_dim) {
+  return 2 * stage_bytes(head_dim) + 2 * kTileColumns * 8;
+}
+
+// First probe that sees `token`.
+__device__ __forceinline__ int first_seeing(const ProbeParams& p, int token) {
+  int low = 0, high = p.n_probes;
+  while (low < high) {
+    const int middle = (low + high) / 2;
+    if (__ldg(p.positions + middle) < token) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+template <int kHeadDim>
+__global__ void __launch_bounds__(kProbeThreads, kHeadDim == 256 ? 1 : 2)
+    probe_kernel(const __grid_constant__ ProbeParams p) {
+  uint8_t* const shared = ptx::dynamic_shared();
+  const int warp = threadIdx.x / kWarpLanes, lane = threadIdx.x % kWarpLanes;
+  const int g = lane >> 2, i = lane & 3;
+  const int kv_head = blockIdx.y, group = p.n_heads / p.n_kv_heads;
+  const int block_key = blockIdx.x * kBlockKeys, first_key = block_key + warp * 32;
+  const int n_columns = p.n_probes * group;
+
+  // Keys g, g+8, g+16, g+24 of the warp.
+  uint32_t keys[2][kHeadDim / 16][4];
+#pragma unroll
+  for (int n = 0; n < 4; ++n) {
+    const int64_t token = min(first_key + n * 8 + g, p.n_tokens - 1);
+    const HalfBits* from = p.k + token * p.token_stride + static_cast<int64_t>(kv_head) * kHeadDim;
+#pragma unroll
+    for (int chunk = 0; chunk < kHeadDim / 32; ++chunk) {
+      const uint4 x = ptx::load_16(from + chunk * 32 + i * 8);
+      keys[n / 2][chunk * 2][n % 2] = x.x, keys[n / 2][chunk * 2][2 + n % 2] = x.y;
+      keys[n / 2][chunk * 2 + 1][n % 2] = x.z, keys[n / 2][chunk * 2 + 1][2 + n % 2] = x.w;
+    }
+  }
+
+  // A stage: rows of 16-byte units; odd rows swap the halves of every 128 bytes, so that the 8
+  // lanes of one phase of a load (2 rows x 64 bytes) meet 8 different bank groups.
+  constexpr int kUnits = kHeadDim / 8;
+  const auto unit_of = [](int row, int unit) { return row * kUnits + (unit ^ ((row & 1) << 2)); };
+  float2* columns = reinterpret_cast<float2*>(shared + 2 * stage_bytes(kHeadDim));
+  const auto fetch = [&](int tile, int stage) {
+    uint8_t* to = shared + stage * stage_bytes(kHeadDim);
+    for (int n = threadIdx.x; n < kTileColumns * kUnits; n += kProbeThreads) {
+      const int row = n / kUnits, unit = n % kUnits;
+      const int column = min(tile * kTileColumns + row, n_columns - 1);
+      const int64_t q_row =
+          static_cast<int64_t>(column / group) * p.n_heads + kv_head * group + column % group;
+      ptx::copy_16(ptx::shared_address(to + unit_of(row, unit) * 16),
+                   p.q + q_row * kHeadDim + unit * 8);
+    }
+    if (threadIdx.x < kTileColumns) {
+      const int column = tile * kTileColumns + threadIdx.x;
+      float2 about = {INFINITY, __int_as_float(0x7fffffff)};  // a weight of zero
+      if (column < n_columns) {
+        about.x = __ldg(p.lse + static_cast<int64_t>(column / group) * p.n_heads + kv_head * group +
+                        column % group);
+        about.y = __int_as_float(__ldg(p.positions + column / group));
+      }
+      columns[stage * kTileColumns + threadIdx.x] = about;
+    }
+    ptx::commit_copies();
+  };
+
+  const float log2_scale = p.scale * 1.44269504088896f;
+  const int n_tiles = (n_columns + kTileColumns - 1) / kTileColumns;
+  const int first_tile = first_seeing(p, block_key) * group / kTileColumns;
+  float sums[4] = {0, 0, 0, 0};
+  if (first_tile < n_tiles) {
+    fetch(first_tile, 0);
+  }
+  for (int tile = first_tile; tile < n_tiles; ++tile) {
+    const int stage = (tile - first_tile) & 1;
+    if (tile + 1 < n_tiles) {
+      fetch(tile + 1, stage ^ 1);
+      ptx::wait_copies<1>();
+    } else {
+      ptx::wait_copies<0>();
+    }
+    __syncthreads();
+    const uint8_t* rows = shared + stage * stage_bytes(kHeadDim);
+    // Positions ascend: if the tile's first probe sees the warp's last key, all see all.
+    const bool masked = __float_as_int(columns[stage * kTileColumns].y) < first_key + 31;
+#pragma unroll 1
+    for (int part = 0; part < kTileColumns / 8; ++part) {
+      float s[2][4] = {};
+#pragma unroll
+      for (int chunk = 0; chunk < kHeadDim / 32; ++chunk) {
+        const uint4 q =
+            *reinterpret_cast<const uint4*>(rows + unit_of(part * 8 + g, chunk * 4 + i) * 16);
+#pragma unroll
+        for (int block = 0; block < 2; ++block) {
+          ptx::mma_16x8x16(s[block], keys[block][chunk * 2], q.x, q.y);
+          ptx::mma_16x8x16(s[block], keys[block][chunk * 2 + 1], q.z, q.w);
+        }
+      }
+      const float4 about =
+          *reinterpret_cast<const float4*>(columns + stage * kTileColumns + part * 8 + i * 2);
+      const float lse[2] = {about.x, about.z};
+      const int position[2] = {__float_as_int(about.y), __float_as_int(about.w)};
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const float weight = ptx::exp2(fmaf(s[n / 2][n % 2 * 2 + e], log2_scale, -lse[e]));
+          sums[n] += masked && position[e] < first_key + n * 8 + g ? 0.0f : weight;
+        }
+      }
+    }
+    __syncthreads();  // the stage is free
+  }
+
+#pragma unroll
+  for (int n = 0; n < 4; ++n) {
+    sums[n] += __shfl_xor_sync(ptx::kFullWarp, sums[n], 1);
+    sums[n] += __shfl_xor_sync(ptx::kFullWarp, sums[n], 2);
+    const int token = first_key + n * 8 + g;
+    if (i == 0 && token < p.n_tokens) {
+      const int n_seeing = p.n_probes - first_seeing(p, token);
+      p.saliency[static_cast<int64_t>(kv_head) * p.n_tokens + token] =
+          n_seeing > 0 ? sums[n] / static_cast<float>(n_seeing * group) : 0.0f;
+    }
+  }
+}
+
+template <int kHeadDim>
+cudaError_t launch(const ProbeParams& p, cudaStream_t stream) {
+  const cudaError_t error =
+      cudaFuncSetAttribute(probe_kernel<kHeadDim>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           probe_shared_bytes(kHeadDim));
+  if (error != cudaSuccess) {
+    return error;
+  }
+  const dim3 grid((p.n_tokens + kBlockKeys - 1) / kBlockKeys, p.n_kv_heads);
+  return launch_kernel(probe_kernel<kHeadDim>, grid, kProbeThreads, probe_shared_bytes(kHeadDim),
+                       stream, p);
+}
+
+}  // namespace
+
+cudaError_t launch_probe(const ProbeParams& p, cudaStream_t stream) {
+  switch (p.head_dim) {
+    case 64:
+      return launch<64>(p, stream);
+    case 128:
+      return launch<128>(p, stream);
+    default:
+      return launch<256>(p, stream);
+  }
+}
+
+}  // namespace zipcache::cuda

@@ -1,0 +1,224 @@
+// From the words of a device page to operands of the matrix instruction.
+//
+// A code k becomes the fp16 number u = a + r * k by putting its bits into the mantissa of a
+// constant: one logic operation, no conversion. Keys use a = 1024 (a mantissa step is 1); values
+// use a = 1 (codes at the top of the mantissa), because an offset of 1024 would dominate the fp32
+// sum of many tokens. r depends on where in the mantissa the code lies; registers that share a
+// channel share r. Nothing here subtracts a or divides by r: the callers fold both into the other
+// operand and the sum.
+#pragma once
+
+#include "kernels/cuda/device_page.h"
+#include "kernels/cuda/ptx.cuh"
+
+namespace zipcache::cuda {
+
+inline constexpr uint32_t kKeyMagic = 0x64006400;    // 1024, 1024
+inline constexpr uint32_t kValueMagic = 0x3c003c00;  // 1, 1
+inline constexpr float kKeyOffset = 1024.0f;
+
+// 1 / r of a key channel: `odd_step`, `upper` as in key_position(). bits 16: plain fp16 rows.
+__device__ __forceinline__ float key_inverse_factor(int bits, int odd_step, int upper) {
+  const float of_upper = bits == 2 ? 0.25f : bits <= 4 ? 0.0625f : 1.0f;
+  const float of_step = bits == 2 ? 0.0625f : 1.0f;
+  return (odd_step != 0 ? of_step : 1.0f) * (upper != 0 ? of_upper : 1.0f);
+}
+
+// r of a value channel of this row parity.
+__device__ __forceinline__ float value_factor(int bits, int row) {
+  if (bits == 2) {
+    return row == 0 ? 0.25f : 0.0625f;
+  }
+  return bits <= 4 && row == 0 ? 0.0625f : 0.00390625f;
+}
+
+// Two 4-bit words (k-steps even, odd) out of a word of the low plane and the shifted high bits. The
+// top bit of every nibble is junk.
+__device__ __forceinline__ void merge_planes(uint32_t low, uint32_t high_even, uint32_t high_odd,
+                                             uint32_t (&words)[2]) {
+  words[0] = (low & 0x33333333u) | (high_even & 0xccccccccu);
+  words[1] = ((low >> 2) & 0x33333333u) | (high_odd & 0xccccccccu);
+}
+
+// --- Keys: operands of two k-steps (even, odd) of one 16-token block -----------------------------
+
+__device__ __forceinline__ void unpack_key_2(uint32_t w, uint32_t (&even)[4], uint32_t (&odd)[4]) {
+  const uint32_t t = w >> 8;
+  even[0] = ptx::and_or(w, 0x00030003u, kKeyMagic);
+  even[2] = ptx::and_or(w, 0x000c000cu, kKeyMagic);
+  odd[0] = ptx::and_or(w, 0x00300030u, kKeyMagic);
+  odd[2] = ptx::and_or(w, 0x00c000c0u, kKeyMagic);
+  even[1] = ptx::and_or(t, 0x00030003u, kKeyMagic);
+  even[3] = ptx::and_or(t, 0x000c000cu, kKeyMagic);
+  odd[1] = ptx::and_or(t, 0x00300030u, kKeyMagic);
+  odd[3] = ptx::and_or(t, 0x00c000c0u, kKeyMagic);
+}
+
+// One k-step of 4-bit (kMask 0xf) or of merged 3-bit (kMask 0x7) codes.
+template <uint32_t kMask>
+__device__ __forceinline__ void unpack_key_nibbles(uint32_t w, uint32_t (&a)[4]) {
+  constexpr uint32_t kPair = kMask * 0x00010001u;
+  const uint32_t t = w >> 8;
+  a[0] = ptx::and_or(w, kPair, kKeyMagic);
+  a[2] = ptx::and_or(w, (kPair << 4), kKeyMagic);
+  a[1] = ptx::and_or(t, kPair, kKeyMagic);
+  a[3] = ptx::and_or(t, (kPair << 4), kKeyMagic);
+}
+
+__device__ __forceinline__ void unpack_key_8(uint32_t row0, uint32_t row1, uint32_t (&a)[4]) {
+  a[0] = ptx::and_or(row0, 0x00ff00ffu, kKeyMagic);
+  a[2] = ptx::and_or((row0 >> 8), 0x00ff00ffu, kKeyMagic);
+  a[1] = ptx::and_or(row1, 0x00ff00ffu, kKeyMagic);
+  a[3] = ptx::and_or((row1 >> 8), 0x00ff00ffu, kKeyMagic);
+}
+
+// --- Values: operands of one 16-channel block ----------------------------------------------------
+
+// Both 16-token steps.
+__device__ __forceinline__ void unpack_value_2(uint32_t w, uint32_t (&step0)[4],
+                                               uint32_t (&step1)[4]) {
+  const uint32_t t0 = w << 6, t1 = w << 2, t2 = w >> 2, t3 = w >> 6;
+  step0[0] = ptx::and_or(t0, 0x03000300u, kValueMagic);
+  step0[1] = ptx::and_or(t0, 0x00c000c0u, kValueMagic);
+  step0[2] = ptx::and_or(t1, 0x03000300u, kValueMagic);
+  step0[3] = ptx::and_or(t1, 0x00c000c0u, kValueMagic);
+  step1[0] = ptx::and_or(t2, 0x03000300u, kValueMagic);
+  step1[1] = ptx::and_or(t2, 0x00c000c0u, kValueMagic);
+  step1[2] = ptx::and_or(t3, 0x03000300u, kValueMagic);
+  step1[3] = ptx::and_or(t3, 0x00c000c0u, kValueMagic);
+}
+
+template <uint32_t kMask>
+__device__ __forceinline__ void unpack_value_nibbles(uint32_t w, uint32_t (&a)[4]) {
+  constexpr uint32_t kPair = kMask * 0x00010001u;
+  const uint32_t t0 = w << 2, t1 = w >> 6;
+  a[0] = ptx::and_or(t0, (kPair << 6), kValueMagic);
+  a[1] = ptx::and_or(t0, (kPair << 2), kValueMagic);
+  a[2] = ptx::and_or(t1, (kPair << 6), kValueMagic);
+  a[3] = ptx::and_or(t1, (kPair << 2), kValueMagic);
+}
+
+__device__ __forceinline__ void unpack_value_8(uint32_t row0, uint32_t row1, uint32_t (&a)[4]) {
+  a[0] = ptx::and_or((row0 << 2), 0x03fc03fcu, kValueMagic);
+  a[2] = ptx::and_or((row0 >> 6), 0x03fc03fcu, kValueMagic);
+  a[1] = ptx::and_or((row1 << 2), 0x03fc03fcu, kValueMagic);
+  a[3] = ptx::and_or((row1 >> 6), 0x03fc03fcu, kValueMagic);
+}
+
+// --- Words of a lane -----------------------------------------------------------------------------
+
+// Words [first, first + kCount) of this lane; kCount is 2 or 4 and a multiple of what lies side by
+// side (chunk_words()).
+template <int kHeadDim, int kPlaneBits, int kCount>
+__device__ __forceinline__ void load_words(const uint8_t* plane, int lane, int first,
+                                           uint32_t (&words)[kCount]) {
+  static_assert(chunk_words(kHeadDim, kPlaneBits) == kCount);
+  const uint8_t* at = plane + word_offset(kHeadDim, kPlaneBits, lane, first);
+  if constexpr (kCount == 4) {
+    const uint4 v = *reinterpret_cast<const uint4*>(at);
+    words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+  } else {
+    const uint2 v = *reinterpret_cast<const uint2*>(at);
+    words[0] = v.x, words[1] = v.y;
+  }
+}
+
+// --- A tile's scores and its share of the output -------------------------------------------------
+
+// s[block] += keys of a 16-token block x query operands, for both blocks of a tile.
+template <int kHeadDim, int kBits>
+__device__ __forceinline__ void multiply_keys(const uint8_t* codes, int lane,
+                                              const uint32_t (&q)[kHeadDim / 16][2],
+                                              float (&s)[2][4]) {
+  constexpr int kChunks = kHeadDim / 32;  // two k-steps each
+  constexpr int kHighWords = chunk_words(kHeadDim, 1);
+  uint32_t w[4], wide[4], high[kHighWords], even[4], odd[4];
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) {
+    if constexpr (kBits == 3) {
+      if (c % kHighWords == 0) {
+        load_words<kHeadDim, 1>(codes + tile_code_bytes(kHeadDim, 2), lane, c, high);
+      }
+    }
+    if constexpr (kBits <= 3) {
+      if (c % 2 == 0) {
+        load_words<kHeadDim, 2>(codes, lane, c * 2, w);
+      }
+    } else if constexpr (kBits == 4) {
+      load_words<kHeadDim, 4>(codes, lane, c * 4, w);
+    } else {
+      load_words<kHeadDim, 8>(codes, lane, c * 8, w);
+      load_words<kHeadDim, 8>(codes, lane, c * 8 + 4, wide);
+    }
+#pragma unroll
+    for (int block = 0; block < 2; ++block) {
+      if constexpr (kBits == 2) {
+        unpack_key_2(w[c % 2 * 2 + block], even, odd);
+      } else if constexpr (kBits == 3) {
+        const uint32_t h = high[c % kHighWords];
+        uint32_t nibbles[2];
+        merge_planes(w[c % 2 * 2 + block], block == 0 ? h : h << 2, block == 0 ? h >> 1 : h << 1,
+                     nibbles);
+        unpack_key_nibbles<7>(nibbles[0], even);
+        unpack_key_nibbles<7>(nibbles[1], odd);
+      } else if constexpr (kBits == 4) {
+        unpack_key_nibbles<15>(w[block], even);
+        unpack_key_nibbles<15>(w[2 + block], odd);
+      } else {
+        unpack_key_8(w[block * 2], w[block * 2 + 1], even);
+        unpack_key_8(wide[block * 2], wide[block * 2 + 1], odd);
+      }
+      ptx::mma_16x8x16(s[block], even, q[2 * c][0], q[2 * c][1]);
+      ptx::mma_16x8x16(s[block], odd, q[2 * c + 1][0], q[2 * c + 1][1]);
+    }
+  }
+}
+
+// acc[block] += values of a 16-channel block x probability operands p[step].
+template <int kHeadDim, int kBits>
+__device__ __forceinline__ void multiply_values(const uint8_t* codes, int lane,
+                                                const uint32_t (&p)[2][2],
+                                                float (&acc)[kHeadDim / 16][4]) {
+  constexpr int kBlocks = kHeadDim / 16;
+  constexpr int kHighWords = chunk_words(kHeadDim, 1);
+  uint32_t w[4], high[kHighWords], step0[4], step1[4];
+#pragma unroll
+  for (int block = 0; block < kBlocks; ++block) {
+    if constexpr (kBits == 3) {
+      if (block % (2 * kHighWords) == 0) {
+        load_words<kHeadDim, 1>(codes + tile_code_bytes(kHeadDim, 2), lane, block / 2, high);
+      }
+    }
+    if constexpr (kBits <= 3) {
+      if (block % 4 == 0) {
+        load_words<kHeadDim, 2>(codes, lane, block, w);
+      }
+    } else if constexpr (kBits == 4) {
+      if (block % 2 == 0) {
+        load_words<kHeadDim, 4>(codes, lane, block * 2, w);
+      }
+    } else {
+      load_words<kHeadDim, 8>(codes, lane, block * 4, w);
+    }
+    if constexpr (kBits == 2) {
+      unpack_value_2(w[block % 4], step0, step1);
+    } else if constexpr (kBits == 3) {
+      const uint32_t h = high[block / 2 % kHighWords];
+      uint32_t nibbles[2];
+      merge_planes(w[block % 4], block % 2 == 0 ? h : h << 2, block % 2 == 0 ? h >> 1 : h << 1,
+                   nibbles);
+      unpack_value_nibbles<7>(nibbles[0], step0);
+      unpack_value_nibbles<7>(nibbles[1], step1);
+    } else if constexpr (kBits == 4) {
+      unpack_value_nibbles<15>(w[block % 2 * 2], step0);
+      unpack_value_nibbles<15>(w[block % 2 * 2 + 1], step1);
+    } else {
+      unpack_value_8(w[0], w[1], step0);
+      unpack_value_8(w[2], w[3], step1);
+    }
+    ptx::mma_16x8x16(acc[block], step0, p[0][0], p[0][1]);
+    ptx::mma_16x8x16(acc[block], step1, p[1][0], p[1][1]);
+  }
+}
+
+}  // namespace zipcache::cuda
