@@ -1,6 +1,6 @@
 # A thin front for cmake, ctest and tools/; `make help` lists what there is.
 .DEFAULT_GOAL := build
-.PHONY: help run test build check check-full format clean distclean deps models
+.PHONY: help run test build eval check check-full format clean distclean deps models
 
 JOBS ?= $(shell nproc)
 export JOBS
@@ -18,6 +18,13 @@ test: build models  ## Build everything and run all tests
 build: deps  ## Build the release preset and what it needs (default)
 	cmake --preset release
 	cmake --build --preset release -j $(JOBS)
+
+eval: build models  ## Measure predictions, speed and memory; put the tables into the docs (slow)
+	eval/demo.py
+	eval/kld.py
+	eval/speed.py
+	eval/memory.py
+	eval/update_docs.py
 
 check:  ## Format, development build, fast tests (check-full: sanitizers, clang-tidy, fuzzers too)
 	tools/check.sh fast

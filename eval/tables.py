@@ -26,11 +26,15 @@ def kld(records):
 
 
 def memory(records):
-    rows = [[f"`{r['policy']}`", r["n_tokens"], f"{r['fp16_bytes'] / MIB:.1f}",
-             f"{r['reported_bytes'] / MIB:.1f}", f"{r['measured_bytes'] / MIB:.1f}",
-             f"{100 * (r['measured_bytes'] / r['reported_bytes'] - 1):+.1f} %"] for r in records]
-    return markdown(["policy", "tokens", "FP16 MiB", "reported MiB", "measured MiB", "difference"],
-                    rows)
+    rows = []
+    for r in records:
+        reported, measured = r["reported_growth"], r["measured_growth"]
+        rows.append([f"`{r['policy']}`", f"{r['from_tokens']} to {r['n_tokens']}",
+                     f"{r['fp16_bytes'] / MIB:.1f}", f"{r['total_bytes'] / MIB:.1f}",
+                     f"{reported / MIB:.2f}", f"{measured / MIB:.2f}",
+                     f"{100 * (measured / reported - 1):+.1f} %"])
+    return markdown(["policy", "tokens", "FP16 MiB", "cache MiB", "reported growth MiB",
+                     "measured growth MiB", "difference"], rows)
 
 
 def demo(records):
@@ -39,6 +43,11 @@ def demo(records):
              f"{r['decode_tok_s']:.1f}", r["answer"].replace("\n", " ")] for r in records]
     return markdown(["cache", "MiB", "smaller", "bits/element", "prefill tok/s", "decode tok/s",
                      "answer"], rows)
+
+
+def transcript(records):
+    """What the first of the runs printed."""
+    return f"```text\n{records[0]['answer']}\n\n{records[0]['table'].rstrip()}\n```"
 
 
 def speed(records):

@@ -20,8 +20,10 @@ class Plugin {
   Status configure(const std::map<std::string, std::string>& settings) const;
   // JSON of what all KV caches hold now.
   std::string report_json() const { return report_json_(); }
-  // JSON of versions and instruction sets; "{}" from a plug-in that doesn't tell.
-  std::string version_json() const { return version_json_ == nullptr ? "{}" : version_json_(); }
+  // JSON of versions and instruction sets; a plug-in that has none tells some in its report.
+  std::string version_json() const {
+    return version_json_ == nullptr ? report_json_() : version_json_();
+  }
 
   ggml_backend_dev_t device() const { return device_; }
   const std::string& path() const { return path_; }

@@ -17,16 +17,20 @@ void print_row(const char* name, const std::string& value) {
   fmt::print("{:<9} {}\n", name, value);
 }
 
-// A value of the plug-in's JSON as text, lists joined by spaces.
-std::string text_of(const nlohmann::json& object, const char* key) {
+// `before`, a value of the plug-in's JSON (lists joined by spaces) and `after`; "" if it has none.
+std::string part(const nlohmann::json& object, const char* key, const char* before = "",
+                 const char* after = "") {
   const auto found = object.find(key);
   if (found == object.end()) {
-    return "?";
+    return "";
   }
+  std::string text;
   if (found->is_array()) {
-    return fmt::format("{}", fmt::join(found->get<std::vector<std::string>>(), " "));
+    text = fmt::format("{}", fmt::join(found->get<std::vector<std::string>>(), " "));
+  } else {
+    text = found->is_string() ? found->get<std::string>() : found->dump();
   }
-  return found->is_string() ? found->get<std::string>() : found->dump();
+  return before + text + after;
 }
 
 void print_plugin(const std::string& path) {
@@ -36,11 +40,10 @@ void print_plugin(const std::string& path) {
     return;
   }
   const auto json = nlohmann::json::parse(plugin->version_json());
-  print_row("plug-in", fmt::format("{} {}, built with ggml {}, backend API {}", plugin->path(),
-                                   text_of(json, "version"), text_of(json, "ggml_version"),
-                                   text_of(json, "api_version")));
-  print_row("kernels", fmt::format("{} (this machine can run: {})", text_of(json, "isa"),
-                                   text_of(json, "isas")));
+  print_row("plug-in", plugin->path() + part(json, "version", " ") +
+                           part(json, "ggml_version", ", built with ggml ") +
+                           part(json, "api_version", ", backend API "));
+  print_row("kernels", part(json, "isa") + part(json, "isas", " (this machine can run: ", ")"));
 }
 
 void print_devices() {

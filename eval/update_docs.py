@@ -1,0 +1,70 @@
+#!/usr/bin/env python3
+"""Puts the newest results into the docs, between `<!-- generated: NAME -->` and `<!-- end -->`.
+
+A table without results says which command makes them. With --check nothing is written, and a page
+that would change is an error.
+"""
+
+import argparse
+import re
+import sys
+
+import harness
+import tables
+
+# name of the place: (file of results, what makes a row unique, table, command)
+TABLES = {
+    "kld": ("kld.jsonl", ("model", "data", "n_ctx", "policy"), tables.kld, "eval/kld.py"),
+    "speed": ("speed.jsonl", ("model", "n_depth", "threads", "policy"), tables.speed,
+              "eval/speed.py"),
+    "memory": ("memory.jsonl", ("model", "n_tokens", "policy"), tables.memory, "eval/memory.py"),
+    "demo": ("demo.jsonl", ("label",), tables.demo, "eval/demo.py"),
+    "transcript": ("demo.jsonl", ("label",), tables.transcript, "eval/demo.py"),
+}
+PLACE = re.compile(r"(<!-- generated: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+PAGES = [harness.ROOT / "README.md", *sorted((harness.ROOT / "docs").rglob("*.md"))]
+
+
+def origins(records):
+    """What the rows were measured with; several only if they were made at different times."""
+    found = {}
+    for record in records:
+        run = record["run"]
+        text = (f"`{run['command']}` on {run['date']}, zipcache {run['zipcache']}, "
+                f"llama.cpp {run['llama.cpp']}, {run['cpu']}; {record.get('model', '')}")
+        if "n_ctx" in record:
+            text += f", {record['data']}, {record['n_tokens']} positions at context {record['n_ctx']}"
+        found[text] = None
+    return "; ".join(found)
+
+
+def table(name):
+    if name not in TABLES:
+        harness.fail(f"no table is named {name}; there are {', '.join(TABLES)}")
+    file, keys, make, command = TABLES[name]
+    records = tables.latest(harness.read(harness.RESULTS, file), *keys)
+    if not records:
+        return f"Not measured yet: `{command}` makes this table.\n"
+    return f"{make(records)}\n\nMeasured by {origins(records)}.\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing, fail on a difference")
+    args = parser.parse_args()
+    stale = []
+    for page in PAGES:
+        old = page.read_text(encoding="utf-8")
+        new = PLACE.sub(lambda place: place[1] + table(place[2]) + place[4], old)
+        if new == old:
+            continue
+        stale.append(str(page.relative_to(harness.ROOT)))
+        if not args.check:
+            page.write_text(new, encoding="utf-8")
+            print(f"updated {stale[-1]}")
+    if args.check and stale:
+        sys.exit(f"update_docs: out of date: {', '.join(stale)}; run eval/update_docs.py")
+
+
+if __name__ == "__main__":
+    main()
