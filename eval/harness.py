@@ -1,4 +1,4 @@
-"""What the evaluation scripts share: where things are, how a run is described, how results are kept."""
+"""What the evaluation scripts share: where things are, how runs are described and results kept."""
 
 import argparse
 import json
@@ -26,7 +26,7 @@ def need(path, remedy):
 
 
 def data_file(name):
-    """A file of the evaluation data: in ZIPCACHE_DATA, or in ../shared/data beside the repository."""
+    """Evaluation data: in ZIPCACHE_DATA, or in ../shared/data beside the repository."""
     folder = Path(os.environ.get("ZIPCACHE_DATA") or ROOT.parent / "shared" / "data")
     return need(folder / name, f"set ZIPCACHE_DATA to the folder that holds {name}")
 

@@ -91,7 +91,8 @@ def main():
             held, reported, report = growth(args, spec, folder)
             rows.append({"task": "memory", "model": args.model.name, "data": args.data.name,
                          "policy": spec, "from_tokens": args.from_tokens, "n_tokens": args.tokens,
-                         "fp16_bytes": report["fp16_bytes"], "total_bytes": report["bytes"]["total"],
+                         "fp16_bytes": report["fp16_bytes"],
+                         "total_bytes": report["bytes"]["total"],
                          "reported_growth": reported, "measured_growth": held - rest,
                          "host_growth": rest, "run": meta})
             harness.append(args.results, "memory.jsonl", rows[-1])

@@ -30,10 +30,12 @@ def origins(records):
     found = {}
     for record in records:
         run = record["run"]
-        text = (f"`{run['command']}` on {run['date']}, zipcache {run['zipcache']}, "
+        text = (f"`{run['command']}` on {run['date']}, "
+                f"zipcache {run['zipcache']} at {run['commit']}, "
                 f"llama.cpp {run['llama.cpp']}, {run['cpu']}; {record.get('model', '')}")
         if "n_ctx" in record:
-            text += f", {record['data']}, {record['n_tokens']} positions at context {record['n_ctx']}"
+            text += (f", {record['data']}, {record['n_tokens']} positions at context "
+                     f"{record['n_ctx']}")
         found[text] = None
     return "; ".join(found)
 

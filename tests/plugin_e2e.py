@@ -220,6 +220,17 @@ class RefusalTest(unittest.TestCase):
     def test_impossible_setting(self):
         self.refused("key-bits.*5", key_bits="5")
 
+    def test_other_ggml_version(self):
+        if OPTIONS.other_ggml is None:
+            self.skipTest("no --other-ggml")
+        env = environment()
+        env.update(GGML_BACKEND_PATH=str(OPTIONS.plugin), LD_PRELOAD=str(OPTIONS.other_ggml))
+        done = subprocess.run([OPTIONS.bin / "llama-completion", "--list-devices"], env=env,
+                              capture_output=True, text=True, timeout=SECONDS)
+        self.assertEqual(done.returncode, 0, done.stderr)  # llama.cpp goes on without
+        self.assertRegex(done.stderr, "zipcache: not loaded: built for ggml .* found 99.1.2")
+        self.assertNotIn("ZipCache:", done.stdout)
+
     def test_limit(self):
         self.refused("full", "-c", 1024, "-p", " ".join(STORIES * 8), limit_mib="1")
 
@@ -362,6 +373,7 @@ def main():
     parser.add_argument("--bin", type=Path, required=True, help="folder of llama.cpp's programs")
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--swa-model", type=Path)
+    parser.add_argument("--other-ggml", type=Path, help="library that fakes another ggml version")
     parser.add_argument("--data", type=Path,
                         default=os.environ.get("ZIPCACHE_DATA", root.parent / "shared" / "data"))
     OPTIONS, rest = parser.parse_known_args()

@@ -69,7 +69,7 @@ Status Plugin::configure(const std::map<std::string, std::string>& settings) con
     if (value.find('\n') != std::string::npos) {
       return invalid_argument(name + ": a value can't span lines");
     }
-    lines += name + "=" + value + "\n";
+    lines.append(name).append("=").append(value).append("\n");
   }
   const char* error = configure_(lines.c_str());
   return error == nullptr ? ok_status() : Status(invalid_argument(error));

@@ -52,7 +52,13 @@ std::size_t offset_in_base(const ggml_tensor* tensor, std::size_t offset) {
 void free_buffer(ggml_backend_buffer_t buffer) {
   KvBuffer* context = context_of(buffer);
   if (context->has_kv()) {
-    report_closed(context);
+    const Status reported = guarded([&] {
+      report_closed(context);
+      return ok_status();
+    });
+    if (!reported) {
+      log_error(reported.error().message);
+    }
   }
   delete context;
 }
@@ -179,14 +185,21 @@ bool copy_tensor(ggml_backend_buffer_t buffer, const ggml_tensor* source, ggml_t
 
 void clear_buffer(ggml_backend_buffer_t buffer, std::uint8_t value) {
   KvBuffer* context = context_of(buffer);
-  if (context->has_kv()) {
-    report_clearing(context);
-  }
-  const std::lock_guard lock(context->mutex());
-  if (value == 0 || context->has_kv()) {  // a KV cache is only ever cleared to zeros
-    context->clear();
-  } else {
+  if (value != 0 && !context->has_kv()) {
     std::memset(context->base(), value, context->size());
+    return;
+  }
+  // A KV cache is only ever cleared to zeros.
+  const Status cleared = guarded([&] {
+    if (context->has_kv()) {
+      report_clearing(context);
+    }
+    const std::lock_guard lock(context->mutex());
+    context->clear();
+    return ok_status();
+  });
+  if (!cleared) {
+    log_error(cleared.error().message);
   }
 }
 

@@ -10,8 +10,9 @@ namespace {
 constexpr std::string_view kPrefix = "ZIPCACHE_";
 
 // Read by the build and the tests of this project, so users have them set; nothing to us.
-constexpr std::string_view kIgnored[] = {"data",  "cache-dir", "llama-dir", "llama-build-dir",
-                                         "model", "werror",    "cuda",      "fuzz"};
+constexpr std::string_view kIgnored[] = {"data",   "cache-dir", "llama-dir", "llama-build-dir",
+                                         "plugin", "model",     "werror",    "cuda",
+                                         "fuzz"};
 
 bool is_ignored(std::string_view name) {
   return std::find(std::begin(kIgnored), std::end(kIgnored), name) != std::end(kIgnored);
