@@ -49,10 +49,15 @@ def parse_arguments():
     parser.add_argument("policies", nargs="*", default=["default"], metavar="POLICY",
                         help="name=value,... or default")
     parser.add_argument("--depths", default="4096", help="tokens in the cache, comma-separated")
+    parser.add_argument("--peers", default=",".join(PLAIN),
+                        help="llama.cpp's own cache types, f16 among them")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prefill", type=int, default=128, help="tokens read at each depth")
     parser.add_argument("--decode", type=int, default=32, help="tokens generated at each depth")
     args = parser.parse_args()
+    args.peers = args.peers.split(",")
+    if "f16" not in args.peers or not set(args.peers) <= set(PLAIN):
+        harness.fail(f"--peers: f16 and any others of {', '.join(PLAIN)}")
     args.plugin = harness.need(args.build / "lib" / "libggml-zipcache.so", "run: make")
     harness.need(args.model, "run: make models")
     harness.need(harness.LLAMA_BIN / "llama-bench", "run: make deps")
@@ -61,7 +66,7 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
-    caches = PLAIN + args.policies
+    caches = args.peers + args.policies
     meta = harness.run_meta(args.build)
     rows = []
     for depth in map(int, args.depths.split(",")):

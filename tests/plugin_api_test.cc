@@ -183,6 +183,20 @@ TEST_F(PluginApiTest, StreamsAreCopied) {
   }
 }
 
+TEST_F(PluginApiTest, AnAbortedDecodeCanBeRepeated) {
+  const std::vector<float> expected = decode(make_context("policy=zipcache").get(), 200);
+  const Context context = make_context("policy=zipcache");
+  std::vector<llama_token> tokens(128, 1000);
+  int asked = 0;
+  llama_set_abort_callback(
+      context.get(), [](void* counter) { return ++*static_cast<int*>(counter) == 40; }, &asked);
+  EXPECT_EQ(llama_decode(context.get(), llama_batch_get_one(tokens.data(), 128)), 2);
+  llama_set_abort_callback(context.get(), nullptr, nullptr);
+  EXPECT_GE(asked, 40);
+  llama_memory_clear(llama_get_memory(context.get()), true);
+  EXPECT_EQ(decode(context.get(), 200), expected);
+}
+
 TEST_F(PluginApiTest, BeyondTheLimitDecodingFailsAndRecovers) {
   const Context context = make_context("policy=fp16\nlimit-mib=4");
   std::vector<llama_token> tokens(512, 1000);

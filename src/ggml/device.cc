@@ -16,9 +16,9 @@ namespace {
 const char* get_name(ggml_backend_dev_t /*device*/) { return kDeviceName; }
 
 const char* get_description(ggml_backend_dev_t /*device*/) {
-  static const std::string description =
+  static const std::string kDescription =
       std::string("compressed KV cache on ") + ggml_backend_dev_description(host().cpu);
-  return description.c_str();
+  return kDescription.c_str();
 }
 
 void get_memory(ggml_backend_dev_t /*device*/, std::size_t* free, std::size_t* total) {

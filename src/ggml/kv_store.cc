@@ -35,8 +35,8 @@ std::optional<KvName> parse_kv_name(std::string_view name) {
   return parsed;
 }
 
-KvStore::KvStore(const Shape& shape, std::shared_ptr<const policy::Policy> policy,
-                 std::shared_ptr<cache::Budget> budget)
+KvStore::KvStore(const Shape& shape, const std::shared_ptr<const policy::Policy>& policy,
+                 const std::shared_ptr<cache::Budget>& budget)
     : shape_(shape), writers_(shape.n_streams, 0), copied_from_(shape.n_streams, nullptr) {
   const cache::LayerCache::Shape stream_shape{.layer = shape.layer,
                                               .n_cells = shape.n_cells,
@@ -143,7 +143,7 @@ Status KvStore::write_rows(Tensor tensor, std::uint32_t stream, std::uint32_t fi
       return ok_status();
     }
     const cache::RowsView view{rows.data() + first * row, row * sizeof(Half), /*is_half=*/true};
-    const Status done = cache.put(tensor, cells, view);
+    Status done = cache.put(tensor, cells, view);
     cells.clear();
     return done;
   };
@@ -207,7 +207,7 @@ Status KvStore::copy(Tensor tensor, std::size_t offset, std::size_t size, const 
     }
     if (tensor == Tensor::kKey) {
       forget_writer(*to_stream);
-      const Status done = streams_[*to_stream]->copy_from(*source);
+      Status done = streams_[*to_stream]->copy_from(*source);
       copied_from_[*to_stream] = done ? source : nullptr;
       return done;
     }

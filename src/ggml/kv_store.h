@@ -40,8 +40,8 @@ class KvStore {
     std::uint32_t value_row = 0;
   };
 
-  KvStore(const Shape& shape, std::shared_ptr<const policy::Policy> policy,
-          std::shared_ptr<cache::Budget> budget);
+  KvStore(const Shape& shape, const std::shared_ptr<const policy::Policy>& policy,
+          const std::shared_ptr<cache::Budget>& budget);
 
   const Shape& shape() const { return shape_; }
   std::size_t row_bytes(Tensor tensor) const;

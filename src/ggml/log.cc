@@ -14,8 +14,8 @@ struct Said {
 };
 
 Said& said() {
-  static auto* const the_said = new Said;  // never destroyed: hosts log from destructors
-  return *the_said;
+  static auto* const kSaid = new Said;  // never destroyed: hosts log from destructors
+  return *kSaid;
 }
 
 }  // namespace

@@ -28,8 +28,8 @@ struct Globals {
 
 // Never destroyed, as its backends and buffers may outlive every destructor of a global.
 Globals& globals() {
-  static auto* const the_globals = new Globals;
-  return *the_globals;
+  static auto* const kGlobals = new Globals;
+  return *kGlobals;
 }
 
 const char* get_name(ggml_backend_reg_t /*registry*/) { return kDeviceName; }

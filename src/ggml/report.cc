@@ -40,8 +40,8 @@ struct State {
 
 // Never destroyed: a host may free its contexts from destructors of its own globals.
 State& state() {
-  static auto* const the_state = new State;
-  return *the_state;
+  static auto* const kState = new State;
+  return *kState;
 }
 
 Snapshot look_at(KvBuffer* buffer) {

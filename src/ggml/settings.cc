@@ -47,7 +47,7 @@ Expected<std::size_t> parse_limit(const std::string& value) {
 }  // namespace
 
 const std::vector<policy::SettingHelp>& own_setting_help() {
-  static const std::vector<policy::SettingHelp> help = {
+  static const std::vector<policy::SettingHelp> kHelp = {
       {"report", "stderr, 0, FILE",
        "where the byte table goes when the last KV cache is freed; a file gets JSON (default "
        "stderr)"},
@@ -57,7 +57,7 @@ const std::vector<policy::SettingHelp>& own_setting_help() {
       {"force-isa", "scalar, avx2, avx512",
        "instruction set of the kernels (default: the best of this machine)"},
   };
-  return help;
+  return kHelp;
 }
 
 std::string variable_name(std::string_view setting) {
@@ -138,7 +138,7 @@ Expected<Settings> make_settings(const SettingMap& values) {
   if (!policy) {
     return policy.error();
   }
-  settings.policy = std::make_shared<const policy::Policy>(std::move(*policy));
+  settings.policy = std::make_shared<const policy::Policy>(*policy);
   settings.budget = std::make_shared<cache::Budget>(limit);
   return settings;
 }

@@ -11,7 +11,7 @@ namespace {
 constexpr std::int64_t kHeadDimMultiple = 16, kHeadDimMax = 512;
 
 // Operands of ggml_flash_attn_ext, in the order of src[].
-constexpr int kQuery = 0, kKeys = 1, kValues = 2, kMask = 3, kSinks = 4;
+constexpr int kQuery = 0, kKeys = 1, kValues = 2, kMask = 3;
 
 NodeClass refused(NodeKind kind, std::string reason) { return {kind, std::move(reason)}; }
 
