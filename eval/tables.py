@@ -17,11 +17,11 @@ def kld(records):
     rows = []
     for r in records:
         rows.append([
-            f"`{r['policy']}`", f"{r['bits_per_element']:.2f}", f"{r['ratio']:.2f}x",
+            f"`{r['policy']}`", r["data"], f"{r['bits_per_element']:.2f}", f"{r['ratio']:.2f}x",
             f"{r['kld_mean']:.4f} ± {r['kld_mean_error']:.4f}", f"{r['kld_median']:.4f}",
             f"{r['kld_p999']:.3f}", f"{r['ppl']:.3f}", f"{r['ln_ppl_ratio']:+.4f}",
             f"{100 * r['same_top']:.2f} %", f"{r['cpu_seconds']:.0f}"])
-    return markdown(["cache", "bits/element", "smaller", "mean KLD", "median", "99.9 %", "PPL",
+    return markdown(["cache", "text", "bits/element", "smaller", "mean KLD", "median", "99.9 %", "PPL",
                      "ln(PPL/PPL f16)", "same top token", "CPU s"], rows)
 
 
@@ -54,6 +54,6 @@ def speed(records):
     rows = [[f"`{r['policy']}`", r["n_depth"], r["threads"],
              f"{r['prefill_tok_s']:.1f} ± {r['prefill_spread']:.1f}", f"{r['prefill_vs_f16']:.2f}x",
              f"{r['decode_tok_s']:.1f} ± {r['decode_spread']:.1f}", f"{r['decode_vs_f16']:.2f}x"]
-            for r in records]
+            for r in sorted(records, key=lambda r: r["n_depth"])]
     return markdown(["cache", "depth", "threads", "prefill tok/s", "vs f16", "decode tok/s",
                      "vs f16"], rows)
