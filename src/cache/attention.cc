@@ -188,18 +188,4 @@ Status Attention::commit() {
   return sealed;
 }
 
-std::size_t Attention::scratch_bytes() const {
-  const Impl& m = *impl_;
-  std::size_t bytes = m.partial.capacity() * sizeof(float) + m.mass.capacity() * sizeof(float);
-  for (const Impl::Worker& worker : m.workers) {
-    bytes += worker.segment.bytes() +
-             (worker.q.capacity() + worker.logits.capacity() + worker.state.capacity() +
-              worker.total.capacity()) *
-                 sizeof(float) +
-             (worker.seen.capacity() + worker.by_slot.capacity()) * sizeof(std::uint64_t) +
-             worker.order.capacity() * sizeof(std::uint32_t);
-  }
-  return bytes;
-}
-
 }  // namespace zipcache::cache

@@ -59,9 +59,6 @@ class Attention {
   void run(std::uint32_t ith);
   Status commit();
 
-  // Scratch held now, all threads together.
-  std::size_t scratch_bytes() const;
-
  private:
   struct Impl;
   std::unique_ptr<Impl> impl_;

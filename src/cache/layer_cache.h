@@ -180,6 +180,8 @@ class LayerCache {
   Expected<std::uint32_t> new_segment();
   Expected<Slot> stage(std::uint32_t cell);         // a free slot, zero rows
   Expected<Slot> unseal_token(std::uint32_t cell);  // one sealed token into staging
+  Expected<Slot> restage(std::uint32_t cell, std::uint32_t token, std::uint32_t group,
+                         const std::vector<float>& keys, const std::vector<float>& values);
   void release(std::uint32_t cell);
   void free_segment(std::uint32_t segment);
   std::shared_ptr<const format::BlockLayout> layout_for(const format::BlockShape& shape);

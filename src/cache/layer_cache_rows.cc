@@ -11,28 +11,16 @@
 namespace zipcache::cache {
 namespace {
 
-float read_element(const RowsView& rows, std::size_t row, std::size_t column) {
+Half read_half(const RowsView& rows, std::size_t row, std::size_t column) {
   const std::byte* begin = static_cast<const std::byte*>(rows.data) + row * rows.stride_bytes;
   if (rows.is_half) {
     Half half;
-    std::memcpy(&half, begin + column * sizeof(Half), sizeof half);
-    return half_to_float(half);
-  }
-  float value;
-  std::memcpy(&value, begin + column * sizeof(float), sizeof value);
-  return value;
-}
-
-Half read_half(const RowsView& rows, std::size_t row, std::size_t column) {
-  if (rows.is_half) {
-    Half half;
-    std::memcpy(
-        &half,
-        static_cast<const std::byte*>(rows.data) + row * rows.stride_bytes + column * sizeof(Half),
-        sizeof half);
+    std::memcpy(&half, begin + column * sizeof half, sizeof half);
     return half;
   }
-  return float_to_half(read_element(rows, row, column));
+  float value;
+  std::memcpy(&value, begin + column * sizeof value, sizeof value);
+  return float_to_half(value);
 }
 
 }  // namespace

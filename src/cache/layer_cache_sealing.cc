@@ -72,16 +72,20 @@ Status LayerCache::seal(std::span<const Slot> slots, const format::BlockShape& s
 
 Expected<LayerCache::Slot> LayerCache::unseal_token(std::uint32_t cell) {
   const Slot sealed = find(cell);
-  const std::vector<float> keys = decode(sealed.segment, Tensor::kKey);
-  const std::vector<float> values = decode(sealed.segment, Tensor::kValue);
-  const std::uint32_t group = segments_[sealed.segment].block->group;
+  return restage(cell, sealed.index, segments_[sealed.segment].block->group,
+                 decode(sealed.segment, Tensor::kKey), decode(sealed.segment, Tensor::kValue));
+}
+
+// Moves a sealed cell into staging; its rows are number `token` of the decoded block.
+Expected<LayerCache::Slot> LayerCache::restage(std::uint32_t cell, std::uint32_t token,
+                                               std::uint32_t group, const std::vector<float>& keys,
+                                               const std::vector<float>& values) {
   release(cell);
   Expected<Slot> slot = stage(cell);
   if (slot) {
-    write_row(Tensor::kKey, *slot, {keys.data(), shape_.key_row * sizeof(float), false},
-              sealed.index);
+    write_row(Tensor::kKey, *slot, {keys.data(), shape_.key_row * sizeof(float), false}, token);
     write_row(Tensor::kValue, *slot, {values.data(), shape_.value_row * sizeof(float), false},
-              sealed.index);
+              token);
     segments_[slot->segment].page->tokens[slot->index].group = group;
   }
   return slot;
@@ -108,15 +112,10 @@ Expected<std::vector<LayerCache::Slot>> LayerCache::unseal(std::uint32_t segment
   }
   std::vector<Slot> slots;
   for (const std::uint32_t token : live) {
-    release(block.cell(token));
-    Expected<Slot> slot = stage(block.cell(token));
+    Expected<Slot> slot = restage(block.cell(token), token, block.group, keys, values);
     if (!slot) {
       return slot.error();
     }
-    write_row(Tensor::kKey, *slot, {keys.data(), shape_.key_row * sizeof(float), false}, token);
-    write_row(Tensor::kValue, *slot, {values.data(), shape_.value_row * sizeof(float), false},
-              token);
-    segments_[slot->segment].page->tokens[slot->index].group = block.group;
     slots.push_back(*slot);
   }
   return slots;

@@ -28,13 +28,6 @@ void SegmentScratch::resize(std::size_t n_rows, std::size_t max_tokens, std::siz
   kernel.resize(kernels::matmul_scratch_bytes(n_rows, widest));
 }
 
-std::size_t SegmentScratch::bytes() const {
-  return (operand.capacity() + product.capacity() + token_scale.capacity() + token_min.capacity() +
-          channel_a.capacity() + channel_b.capacity()) *
-             sizeof(float) +
-         kernel.capacity();
-}
-
 void SegmentMath::multiply(const kernels::MatrixView& matrix, const float* x, std::size_t x_stride,
                            std::size_t n_rows, float* y, std::size_t y_stride,
                            SegmentScratch& scratch) const {

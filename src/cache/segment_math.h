@@ -23,7 +23,6 @@ struct SegmentScratch {
   AlignedVector<std::byte> kernel;   // kernels::Scratch
 
   void resize(std::size_t n_rows, std::size_t max_tokens, std::size_t max_dim);
-  std::size_t bytes() const;
 };
 
 // What a tile of query rows needs of the cache: dims and the kernels.
@@ -31,7 +30,6 @@ class SegmentMath {
  public:
   SegmentMath(const kernels::KernelTable& kernels, const LayerCache& cache)
       : kernels_(kernels),
-        key_row_(cache.shape().key_row),
         value_row_(cache.shape().value_row),
         key_dim_(cache.key_dim()),
         value_dim_(cache.value_dim()) {}
@@ -64,7 +62,7 @@ class SegmentMath {
                 std::size_t n_rows, float* y, std::size_t y_stride, SegmentScratch& scratch) const;
 
   const kernels::KernelTable& kernels_;
-  std::uint32_t key_row_, value_row_, key_dim_, value_dim_;
+  std::uint32_t value_row_, key_dim_, value_dim_;
 };
 
 }  // namespace zipcache::cache
