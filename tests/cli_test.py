@@ -79,12 +79,12 @@ class Errors(CliTest):
 
     def test_model_is_not_supported(self):
         model = self.folder / "model.gguf"
-        tiny_gguf.write_llama(model, head_dim=16, architecture="perpetuum")
+        tiny_gguf.llama(model, head_dim=16, architecture="perpetuum")
         self.assert_one_line(run("-p", "a", model=model), model, "perpetuum")
 
     def test_head_size_is_not_supported(self):
         model = self.folder / "model.gguf"
-        tiny_gguf.write_llama(model, head_dim=24)
+        tiny_gguf.llama(model, head_dim=24)
         done = run("-p", "a", model=model)
         self.assertEqual(done.returncode, 1)
         self.assertIn("24", done.stderr.decode().splitlines()[-1])

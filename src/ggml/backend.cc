@@ -95,9 +95,8 @@ class Backend {
     switch (found.kind) {
       case NodeKind::kOther:
       case NodeKind::kElsewhere:
-      case NodeKind::kRefusedRead:  // the host has replaced the operand by a copy, or never asks
         return false;
-      case NodeKind::kRefusedWrite:
+      case NodeKind::kRefused:
         refusal_ = unsupported(found.reason);
         return true;
       case NodeKind::kStore:

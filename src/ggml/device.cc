@@ -122,12 +122,9 @@ bool supports_op(ggml_backend_dev_t /*device*/, const ggml_tensor* op) {
         // Left to the device of that layer: llama.cpp turns flash attention off (-fa auto) when it
         // finds it on another one.
         return false;
-      case NodeKind::kRefusedRead:
-        // llama.cpp lets its own CPU backend do it, on a decompressed copy made at each step.
-        log_warning_once(found.reason + " (until then slow: on a decompressed copy)");
-        return false;
-      case NodeKind::kRefusedWrite:
-        // "No" would abort the process; so this one is taken and fails when it is computed.
+      case NodeKind::kRefused:
+        // A "no" to a write would abort the process, and to a read would make llama.cpp compute it
+        // elsewhere, on a decompressed copy per step. So it is taken, and fails when computed.
         log_warning_once(found.reason);
         return true;
     }

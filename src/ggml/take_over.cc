@@ -13,7 +13,7 @@ constexpr std::int64_t kHeadDimMultiple = 16, kHeadDimMax = 512;
 // Operands of ggml_flash_attn_ext, in the order of src[].
 constexpr int kQuery = 0, kKeys = 1, kValues = 2, kMask = 3;
 
-NodeClass refused(NodeKind kind, std::string reason) { return {kind, std::move(reason)}; }
+NodeClass refused(std::string reason) { return {NodeKind::kRefused, std::move(reason)}; }
 
 bool is_view_op(ggml_op op) {
   return op == GGML_OP_NONE || op == GGML_OP_VIEW || op == GGML_OP_RESHAPE ||
@@ -35,13 +35,12 @@ bool is_rows_by_head(const ggml_tensor* view, const ggml_tensor* base) {
 
 NodeClass classify_store(const ggml_tensor* node, const ggml_tensor* base) {
   if (node->ne[0] != base->ne[0]) {
-    return refused(NodeKind::kRefusedWrite,
-                   "values are stored transposed, as without flash attention; run with -fa on");
+    return refused("values are stored transposed, as without flash attention; run with -fa on");
   }
   const ggml_tensor* rows = node->src[0];
   const ggml_tensor* index = node->src[1];
   if (rows->ne[2] != 1 || rows->ne[3] != 1 || index->ne[1] != 1 || index->ne[2] != 1) {
-    return refused(NodeKind::kRefusedWrite, "new rows come in more than two dimensions");
+    return refused("new rows come in more than two dimensions");
   }
   return {NodeKind::kStore, {}};
 }
@@ -52,32 +51,32 @@ NodeClass classify_attend(const ggml_tensor* node, ggml_backend_buffer_type_t ou
   const ggml_tensor* values = node->src[kValues];
   const ggml_tensor* mask = node->src[kMask];
   if (is_keys(base_of(values))) {
-    return refused(NodeKind::kRefusedRead,
-                   "this model keeps no values beside its keys (MLA), which is not served; "
-                   "run without -dev ZipCache");
+    return refused(
+        "this model keeps no values beside its keys (MLA), which is not served; "
+        "run without -dev ZipCache");
   }
   if (!is_kv(keys, ours) || !is_kv(values, ours)) {
-    return refused(NodeKind::kRefusedRead, "keys and values lie on different devices");
+    return refused("keys and values lie on different devices");
   }
   for (const std::int64_t dim : {keys->ne[0], values->ne[0]}) {
     if (dim % kHeadDimMultiple != 0 || dim > kHeadDimMax) {
-      return refused(NodeKind::kRefusedRead, "heads of " + std::to_string(dim) +
-                                                 " elements are not served; supported: "
-                                                 "multiples of 16 up to 512");
+      return refused("heads of " + std::to_string(dim) +
+                     " elements are not served; supported: "
+                     "multiples of 16 up to 512");
     }
   }
   if (!is_rows_by_head(keys, base_of(keys)) || !is_rows_by_head(values, base_of(values))) {
-    return refused(NodeKind::kRefusedRead, "attention reads the cache in an unknown layout");
+    return refused("attention reads the cache in an unknown layout");
   }
   if (query->type != GGML_TYPE_F32 || node->type != GGML_TYPE_F32 ||
       query->nb[0] != sizeof(float) || query->ne[3] != keys->ne[3] ||
       query->ne[2] % keys->ne[2] != 0) {
-    return refused(NodeKind::kRefusedRead, "attention queries come in an unknown layout");
+    return refused("attention queries come in an unknown layout");
   }
   if (mask != nullptr &&
       (mask->type != GGML_TYPE_F16 || mask->nb[0] != sizeof(Half) || mask->ne[0] != keys->ne[1] ||
        mask->ne[1] < query->ne[1] || mask->ne[2] != 1 || query->ne[3] % mask->ne[3] != 0)) {
-    return refused(NodeKind::kRefusedRead, "attention masks per head are not served");
+    return refused("attention masks per head are not served");
   }
   return {NodeKind::kAttend, {}};
 }
@@ -91,7 +90,7 @@ NodeClass classify_shift(const ggml_tensor* node, const ggml_tensor* base) {
                                static_cast<std::int64_t>(base->nb[1]);
   if (!is_keys(base) || base_of(keys) != base || !whole_cache ||
       node->src[1]->type != GGML_TYPE_I32 || node->src[1]->ne[0] != keys->ne[2]) {
-    return refused(NodeKind::kRefusedWrite, "this model's context shift is not served");
+    return refused("this model's context shift is not served");
   }
   return {NodeKind::kShift, {}};
 }
@@ -120,8 +119,7 @@ NodeClass classify(const ggml_tensor* node, ggml_backend_buffer_type_t ours) {
       case GGML_OP_ROPE:
         return classify_shift(node, base);
       default:
-        return refused(NodeKind::kRefusedWrite,
-                       std::string(ggml_op_name(node->op)) + " into the KV cache is not served");
+        return refused(std::string(ggml_op_name(node->op)) + " into the KV cache is not served");
     }
   }
   if (node->op == GGML_OP_FLASH_ATTN_EXT && parse_kv_name(base_of(node->src[kKeys])->name) &&
@@ -135,9 +133,8 @@ NodeClass classify(const ggml_tensor* node, ggml_backend_buffer_type_t ours) {
     if (node->op == GGML_OP_FLASH_ATTN_EXT) {
       return classify_attend(node, ours);
     }
-    return refused(NodeKind::kRefusedRead,
-                   std::string(ggml_op_name(node->op)) +
-                       " reads the KV cache, as without flash attention; run with -fa on");
+    return refused(std::string(ggml_op_name(node->op)) +
+                   " reads the KV cache, as without flash attention; run with -fa on");
   }
   return {};
 }

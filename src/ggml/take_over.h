@@ -14,13 +14,12 @@ struct ggml_tensor;
 namespace zipcache::ggml {
 
 enum class NodeKind : std::uint8_t {
-  kOther,         // does not touch a KV cache of ours: the host's CPU computes it
-  kStore,         // SET_ROWS of new keys or values
-  kAttend,        // FLASH_ATTN_EXT over keys and values of ours
-  kShift,         // in-place ROPE of keys (context shift)
-  kElsewhere,     // FLASH_ATTN_EXT over a cache in other memory (-nkvo, layers beyond -ngl)
-  kRefusedRead,   // reads the cache in a way that is not served; the host copies it out
-  kRefusedWrite,  // writes it in a way that is not served; fails when computed
+  kOther,      // does not touch a KV cache of ours: the host's CPU computes it
+  kStore,      // SET_ROWS of new keys or values
+  kAttend,     // FLASH_ATTN_EXT over keys and values of ours
+  kShift,      // in-place ROPE of keys (context shift)
+  kElsewhere,  // FLASH_ATTN_EXT over a cache in other memory (-nkvo, layers beyond -ngl)
+  kRefused,    // reads or writes the cache in a way that is not served; fails when computed
 };
 
 struct NodeClass {

@@ -89,7 +89,7 @@ TEST_F(TakeOverTest, TransposedValuesAreRefused) {
   ggml_tensor* index = ggml_new_tensor_1d(context_, GGML_TYPE_I64, kDim * kKvHeads);
   ggml_tensor* flat = ggml_reshape_2d(context_, values_, 1, ggml_nelements(values_));
   const NodeClass found = classify(ggml_set_rows(context_, flat, elements, index), buffer_type());
-  EXPECT_EQ(found.kind, NodeKind::kRefusedWrite);
+  EXPECT_EQ(found.kind, NodeKind::kRefused);
   EXPECT_NE(found.reason.find("-fa on"), std::string::npos);
 }
 
@@ -107,7 +107,7 @@ TEST_F(TakeOverTest, Shift) {
   EXPECT_EQ(kind(rope(halves, kDim / 2)), NodeKind::kShift);
   ggml_tensor* of_values = ggml_view_3d(context_, values_, kDim, kKvHeads, kCells * kStreams,
                                         kDim * sizeof(Half), values_->nb[1], 0);
-  EXPECT_EQ(kind(rope(of_values, kDim)), NodeKind::kRefusedWrite);
+  EXPECT_EQ(kind(rope(of_values, kDim)), NodeKind::kRefused);
 }
 
 TEST_F(TakeOverTest, OtherMemoryIsLeftAlone) {
@@ -124,13 +124,13 @@ TEST_F(TakeOverTest, OtherMemoryIsLeftAlone) {
 TEST_F(TakeOverTest, KeysAsValuesAreRefused) {
   const NodeClass found =
       classify(attention(view(keys_, 256, 0, 1), view(keys_, 256, 0, 1)), buffer_type());
-  EXPECT_EQ(found.kind, NodeKind::kRefusedRead);
+  EXPECT_EQ(found.kind, NodeKind::kRefused);
   EXPECT_NE(found.reason.find("MLA"), std::string::npos);
 }
 
 TEST_F(TakeOverTest, OtherReadersAreRefused) {
   ggml_tensor* query = ggml_new_tensor_4d(context_, GGML_TYPE_F32, kDim, 5, kHeads, 1);
-  EXPECT_EQ(kind(ggml_mul_mat(context_, view(keys_, 256, 0, 1), query)), NodeKind::kRefusedRead);
+  EXPECT_EQ(kind(ggml_mul_mat(context_, view(keys_, 256, 0, 1), query)), NodeKind::kRefused);
 }
 
 // The values of the ALiBi paper: for 8 heads 2^-1, 2^-2, ...; for 12 heads every other one of 16
