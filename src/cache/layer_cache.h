@@ -68,9 +68,11 @@ struct StagingPage {
 struct SealedBlock {
   std::shared_ptr<const format::BlockLayout> layout;
   AlignedVector<std::byte> bytes;
-  std::uint32_t first_cell = 0;      // cells first_cell .. + n_tokens - 1, unless `cells` is set
-  std::vector<std::uint32_t> cells;  // ascending, token order; empty when contiguous
-  std::vector<bool> dead;            // overwritten since; empty when all are live
+  std::uint32_t first_cell = 0;  // cells first_cell .. + n_tokens - 1, unless `cells` is set
+  // Ascending, token order; empty when contiguous. After a compaction dead fillers at the end
+  // repeat the last one.
+  std::vector<std::uint32_t> cells;
+  std::vector<bool> dead;  // overwritten since; empty when all are live
   std::uint32_t n_live = 0;
   std::uint32_t group = kNoGroup;
 
@@ -169,6 +171,9 @@ class LayerCache {
   Expected<std::vector<Slot>> unseal(std::uint32_t segment, std::vector<std::uint8_t>* tiers);
   // Moves staged tokens so that no page but the last has free slots, and frees empty pages.
   void compact_staging();
+  // Copies the codes of blocks of which half or less is alive into smaller ones. What can't be
+  // copied (no memory, slots shared over heads) stays as it is.
+  void compact_blocks();
 
  private:
   static constexpr std::uint16_t kNoOwner = UINT16_MAX;
@@ -191,6 +196,7 @@ class LayerCache {
   void read_staged(const Slot& slot, Tensor tensor, float* row) const;
   std::vector<float> decode(std::uint32_t segment, Tensor tensor) const;
   void move_token(std::uint32_t from_page, std::uint32_t to_page);
+  void compact_block(SealedBlock& block);
 
   Shape shape_;
   std::shared_ptr<const policy::Policy> policy_;

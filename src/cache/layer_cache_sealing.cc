@@ -6,6 +6,7 @@
 #include "base/check.h"
 #include "cache/errors.h"
 #include "cache/layer_cache.h"
+#include "format/block_subset.h"
 #include "quant/block_codec.h"
 
 namespace zipcache::cache {
@@ -144,6 +145,51 @@ void LayerCache::compact_staging() {
   if (back > 0 && segments_[pages[back - 1]].page->used == 0) {
     free_segment(pages[back - 1]);
   }
+}
+
+void LayerCache::compact_blocks() {
+  for (Segment& segment : segments_) {
+    if (segment.block != nullptr && 2 * segment.block->n_live <= segment.block->n_tokens()) {
+      try {
+        compact_block(*segment.block);
+      } catch (const std::bad_alloc&) {
+        return;  // the blocks are as they were
+      }
+    }
+  }
+}
+
+void LayerCache::compact_block(SealedBlock& block) {
+  std::vector<bool> live = block.dead;
+  live.flip();
+  const auto shape = format::subset_shape(*block.layout, block.bytes.data(), live);
+  if (!shape) {
+    return;
+  }
+  const auto layout = layout_for(*shape);
+  if (layout->total_bytes() >= block.bytes.size()) {
+    return;
+  }
+  AlignedVector<std::byte> bytes(layout->total_bytes());
+  format::copy_subset(*block.layout, block.bytes.data(), live, *layout, bytes.data());
+  std::vector<std::uint32_t> cells;
+  for (std::uint32_t token = 0; token < block.n_tokens(); ++token) {
+    if (live[token]) {
+      cells.push_back(block.cell(token));
+    }
+  }
+  cells.resize(shape->n_tokens, cells.back());
+  std::vector<bool> dead(shape->n_tokens);
+  std::fill(dead.begin() + block.n_live, dead.end(), true);
+  if (block.n_live == shape->n_tokens) {
+    dead.clear();
+  }
+
+  budget_->release(block.bytes.size() - bytes.size());
+  block.layout = layout;
+  block.bytes = std::move(bytes);
+  block.cells = std::move(cells);
+  block.dead = std::move(dead);
 }
 
 void LayerCache::move_token(std::uint32_t from_page, std::uint32_t to_page) {

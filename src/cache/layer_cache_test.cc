@@ -240,6 +240,33 @@ TEST(LayerCache, OverwrittenSealedTokensAreNeverSeenAgain) {
   EXPECT_GT(engine.cache().bytes().slack, 0u);
 }
 
+TEST(LayerCache, SparseBlocksShrinkAndTheirTokensStay) {
+  TestEngine engine({}, {}, best(), 1, 5);
+  engine.step({{0, 400}}, false);
+  const ByteCount before = engine.cache().bytes();
+  const std::vector<float> old_keys = engine.held(Tensor::kKey);
+  const std::vector<float> old_values = engine.held(Tensor::kValue);
+  engine.remove(0, 300);
+  engine.step({{1, 40}}, false);  // one block, but most of it is alive
+  EXPECT_GT(engine.cache().bytes().codes + engine.cache().bytes().slack, before.codes);
+  engine.step({{1, 260}}, false);
+  const ByteCount after = engine.cache().bytes();
+  ASSERT_GT(before.sealed_tokens, 300u);
+  EXPECT_LT(after.total(), before.total() * 11 / 10);  // as many live tokens, a block more
+  EXPECT_LE(engine.budget().used(), after.total());
+  const std::vector<float> keys = engine.held(Tensor::kKey);
+  const std::vector<float> values = engine.held(Tensor::kValue);
+  for (std::uint32_t p = 0; p < 100; ++p) {
+    const std::uint32_t cell = engine.cells(0)[p];
+    ASSERT_EQ(0, std::memcmp(&keys[cell * 64], &old_keys[cell * 64], 64 * 4)) << "token " << p;
+    ASSERT_EQ(0, std::memcmp(&values[cell * 64], &old_values[cell * 64], 64 * 4)) << "token " << p;
+  }
+  expect_close(engine.step({{0, 1}, {1, 1}}, false), 3e-3, "after compaction");
+  engine.remove(0, 60);
+  engine.step({{1, 60}}, false);  // a compacted block loses tokens, too
+  expect_close(engine.step({{0, 1}, {1, 1}}, false), 3e-3, "compacted twice");
+}
+
 TEST(LayerCache, RestoredRowsAttendExactlyAndAreSealedLater) {
   TestEngine engine({}, {}, best(), 1, 5);
   engine.step({{0, 200}}, false);

@@ -146,6 +146,7 @@ Status Sealer::end_step() {
       return sealed;
     }
   }
+  cache_.compact_blocks();
   return ok_status();
 }
 
