@@ -4,8 +4,6 @@
 
 #include <gtest/gtest.h>
 
-#include <cstring>
-
 #include "cache/test_engine.h"
 
 namespace zipcache::cache {
@@ -19,10 +17,13 @@ struct Case {
   double tolerance;  // of attention, relative to the largest |v| (sealed rows are read as fp16)
 };
 
-void PrintTo(const Case& c, std::ostream* out) { *out << c.name; }
+// Googletest's name for it.
+void PrintTo(const Case& c, std::ostream* out) {  // NOLINT(readability-identifier-naming)
+  *out << c.name;
+}
 
 const std::vector<Case>& cases() {
-  static const std::vector<Case> all = {
+  static const std::vector<Case> kAll = {
       {"fp16", {{"policy", "fp16"}}, 1e-4},
       {"default", {}, 3e-3},
       {"default_small", {{"seal", "32"}, {"block", "64"}, {"hold", "4"}, {"sinks", "1"}}, 3e-3},
@@ -38,12 +39,18 @@ const std::vector<Case>& cases() {
       {"paper", {{"mode", "paper"}}, 3e-3},
       {"official", {{"mode", "official"}}, 3e-3},
   };
-  return all;
+  return kAll;
 }
 
 const kernels::KernelTable* kernels_or_null(const char* isa) {
   const auto table = kernels::select_kernels(isa);
   return table ? *table : nullptr;
+}
+
+// Of what TestEngine::held() returns with the default dimensions.
+std::vector<float> row_of(const std::vector<float>& held, std::uint32_t cell) {
+  const auto begin = held.begin() + static_cast<std::ptrdiff_t>(cell) * 64;
+  return {begin, begin + 64};
 }
 
 void expect_close(const TestEngine::Outcome& outcome, double tolerance, const char* where) {
@@ -181,8 +188,7 @@ TEST(LayerCache, SequencesDoNotInfluenceEachOther) {
     const auto a = alone.held(tensor);
     const auto b = together.held(tensor);
     for (std::size_t p = 0; p < alone.cells(1).size(); ++p) {
-      ASSERT_EQ(0, std::memcmp(&a[alone.cells(1)[p] * 64], &b[together.cells(1)[p] * 64], 64 * 4))
-          << "token " << p;
+      ASSERT_EQ(row_of(a, alone.cells(1)[p]), row_of(b, together.cells(1)[p])) << "token " << p;
     }
   }
 }
@@ -258,8 +264,8 @@ TEST(LayerCache, SparseBlocksShrinkAndTheirTokensStay) {
   const std::vector<float> values = engine.held(Tensor::kValue);
   for (std::uint32_t p = 0; p < 100; ++p) {
     const std::uint32_t cell = engine.cells(0)[p];
-    ASSERT_EQ(0, std::memcmp(&keys[cell * 64], &old_keys[cell * 64], 64 * 4)) << "token " << p;
-    ASSERT_EQ(0, std::memcmp(&values[cell * 64], &old_values[cell * 64], 64 * 4)) << "token " << p;
+    ASSERT_EQ(row_of(keys, cell), row_of(old_keys, cell)) << "token " << p;
+    ASSERT_EQ(row_of(values, cell), row_of(old_values, cell)) << "token " << p;
   }
   expect_close(engine.step({{0, 1}, {1, 1}}, false), 3e-3, "after compaction");
   engine.remove(0, 60);

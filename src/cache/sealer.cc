@@ -161,8 +161,8 @@ Status Sealer::seal_group(const StepGroup& group) {
       policy::plan_seal(policy, n_sealable, static_cast<std::uint32_t>(group.rows.size()));
   std::size_t begin = 0;
   for (const std::uint32_t n : blocks) {
-    const Status sealed = seal_block(std::span(slots).subspan(begin, n),
-                                     static_cast<std::uint32_t>(slots.size() - begin), group.id);
+    Status sealed = seal_block(std::span(slots).subspan(begin, n),
+                               static_cast<std::uint32_t>(slots.size() - begin), group.id);
     if (!sealed) {
       return sealed;
     }
@@ -216,7 +216,7 @@ Status Sealer::seal_block(std::span<const LayerCache::Slot> oldest_first, std::u
 
   Slots slots(oldest_first.begin(), oldest_first.end());
   if (policy.requantize_all) {
-    const Status gathered = gather_sealed(group, &shape, &slots, &tiers);
+    Status gathered = gather_sealed(group, &shape, &slots, &tiers);
     if (!gathered) {
       return gathered;
     }

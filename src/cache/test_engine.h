@@ -36,7 +36,7 @@ class TestEngine {
     double largest_value = 0;  // of V: the scale of errors
   };
 
-  TestEngine(const TestDims& dims, std::map<std::string, std::string> settings,
+  TestEngine(const TestDims& dims, const std::map<std::string, std::string>& settings,
              const kernels::KernelTable* kernels, std::uint32_t n_threads, std::uint64_t seed)
       : dims_(dims),
         policy_(std::make_shared<policy::Policy>(policy::make_policy(settings).value())),
