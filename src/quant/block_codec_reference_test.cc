@@ -54,7 +54,6 @@ class Checker {
  private:
   // rows_[slot][channel] of a head in double, divided by the stored (rounded) channel factors.
   void load(Tensor t, std::uint32_t head) {
-    const std::size_t dim = layout_.head_dim(t);
     order_ = order_of(case_, head);
     rows_ = head_rows(t, head);
     factors_.assign(rows_.size(), 1.0);
