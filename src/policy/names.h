@@ -16,26 +16,6 @@ struct Named {
   T value;
 };
 
-// What `granularity` of the uniform policy chooses for K and V.
-enum class UniformGranularity : std::uint8_t {
-  kChannelwiseCst,
-  kChannelwiseTokenwise,
-  kTokenwise,
-  kGroupwise,
-};
-
-inline constexpr std::array<Named<Kind>, 3> kKinds{{
-    {"fp16", Kind::kFp16},
-    {"uniform", Kind::kUniform},
-    {"zipcache", Kind::kZipcache},
-}};
-
-inline constexpr std::array<Named<Mode>, 3> kModes{{
-    {"default", Mode::kDefault},
-    {"paper", Mode::kPaper},
-    {"official", Mode::kOfficial},
-}};
-
 inline constexpr std::array<Named<saliency::Metric>, 5> kMetrics{{
     {"normalized", saliency::Metric::kNormalized},
     {"accumulated", saliency::Metric::kAccumulated},
@@ -51,13 +31,6 @@ inline constexpr std::array<Named<saliency::ProbeRule>, 6> kProbeRules{{
     {"recent", saliency::ProbeRule::kRecent},
     {"random", saliency::ProbeRule::kRandom},
     {"last", saliency::ProbeRule::kLast},
-}};
-
-inline constexpr std::array<Named<UniformGranularity>, 4> kUniformGranularities{{
-    {"channelwise+cst", UniformGranularity::kChannelwiseCst},
-    {"channelwise+tokenwise", UniformGranularity::kChannelwiseTokenwise},
-    {"tokenwise", UniformGranularity::kTokenwise},
-    {"groupwise", UniformGranularity::kGroupwise},
 }};
 
 inline constexpr std::array<Named<format::TokenParams>, 2> kTokenParams{{

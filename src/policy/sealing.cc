@@ -7,10 +7,6 @@
 namespace zipcache::policy {
 namespace {
 
-// The published code and the paper draw no random probe from fewer tokens than this, so their
-// ranking means nothing: all of them are salient (method: L < 20).
-constexpr std::uint32_t kMinRankedTokens = 20;
-
 format::TensorFormat tensor_format(const Policy& policy, const TensorPolicy& tensor,
                                    std::uint32_t n_tokens) {
   format::TensorFormat format;
@@ -22,7 +18,7 @@ format::TensorFormat tensor_format(const Policy& policy, const TensorPolicy& ten
   format.n_classes = tensor.n_classes;
   format.bits = tensor.bits;
   if (tensor.n_classes == 2) {
-    const bool too_few_to_rank = policy.mode != Mode::kDefault && n_tokens < kMinRankedTokens;
+    const bool too_few_to_rank = n_tokens < policy.min_ranked_tokens;
     format.class0_tokens = too_few_to_rank ? n_tokens
                                            : saliency::salient_tokens(n_tokens, tensor.salient_bp,
                                                                       tensor.class_multiple);
@@ -51,7 +47,7 @@ std::vector<std::uint32_t> plan_seal(const Policy& policy, std::uint32_t n_seala
   if (!policy.seals()) {
     return {};
   }
-  const bool seals_whole_chunk = policy.mode != Mode::kDefault && n_new > 1;
+  const bool seals_whole_chunk = policy.seal_chunks && n_new > 1;
   if (!seals_whole_chunk && n_sealable < policy.seal_tokens) {
     return {};
   }
