@@ -57,10 +57,11 @@ struct StagingPage {
   bool has_non_finite = false;
   std::vector<StagedToken> tokens;  // kPageTokens long, or empty (fp16 policy)
   std::vector<float> mass;          // [kPageTokens, n_kv_heads]: probe attention received
+  std::vector<float> squares;       // as mass: of each row's; only where the metric asks
 
   std::size_t bytes() const {
     return sizeof(StagingPage) + (keys.size() + values.size()) * sizeof(Half) +
-           tokens.size() * sizeof(StagedToken) + mass.size() * sizeof(float);
+           tokens.size() * sizeof(StagedToken) + (mass.size() + squares.size()) * sizeof(float);
   }
 };
 
@@ -186,6 +187,7 @@ class LayerCache {
   void free_segment(std::uint32_t segment);
   std::shared_ptr<const format::BlockLayout> layout_for(const format::BlockShape& shape);
   std::size_t new_page_bytes() const;
+  bool keeps_squares() const { return policy_->metric == saliency::Metric::kRoco; }
   void reset_statistics(StagingPage& page, std::uint32_t slot);
   void write_row(Tensor tensor, const Slot& slot, const RowsView& rows, std::size_t row);
   void read_staged(const Slot& slot, Tensor tensor, float* row) const;

@@ -165,6 +165,10 @@ void LayerCache::move_token(std::uint32_t from_page, std::uint32_t to_page) {
     to.tokens[target] = from.tokens[source];
     std::copy_n(from.mass.begin() + std::size_t{source} * n_kv_heads_, n_kv_heads_,
                 to.mass.begin() + std::size_t{target} * n_kv_heads_);
+    if (!to.squares.empty()) {
+      std::copy_n(from.squares.begin() + std::size_t{source} * n_kv_heads_, n_kv_heads_,
+                  to.squares.begin() + std::size_t{target} * n_kv_heads_);
+    }
   }
   to.has_non_finite |= from.has_non_finite;
   to.cells[target] = from.cells[source];

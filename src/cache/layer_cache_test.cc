@@ -37,6 +37,8 @@ const std::vector<Case>& cases() {
        3e-3},
       {"paper", {{"mode", "paper"}}, 3e-3},
       {"official", {{"mode", "official"}}, 3e-3},
+      {"roco", {{"metric", "roco"}, {"seal", "32"}}, 3e-3},
+      {"last_token", {{"metric", "last-token"}, {"seal", "32"}}, 3e-3},
   };
   return all;
 }

@@ -96,7 +96,8 @@ void Sealer::begin_step(const Visibility& visible, std::uint32_t first_row,
   for (const StepGroup& group : step_groups_) {
     for (const std::uint32_t i : saliency::select_probes(
              cache_.policy().probes, static_cast<std::uint32_t>(group.rows.size()),
-             {cache_.policy().seed, cache_.shape().layer, group.ordinal})) {
+             {cache_.policy().seed, cache_.shape().layer, group.ordinal,
+              cache_.policy().probe_positions})) {
       weights[group.rows[i]] += 1.0f;
     }
   }
@@ -105,17 +106,26 @@ void Sealer::begin_step(const Visibility& visible, std::uint32_t first_row,
   }
 }
 
-// The published code ranks in decode by the current query alone, not normalized.
-bool Sealer::ranks_by_last_row() const {
-  return cache_.policy().metric == saliency::Metric::kOfficial && cache_.newest_cells().size() == 1;
+// The published code, too, ranks in decode by the current query alone, not normalized.
+bool Sealer::keeps_last_row_only() const {
+  const saliency::Metric metric = cache_.policy().metric;
+  return metric == saliency::Metric::kLastToken ||
+         (metric == saliency::Metric::kOfficial && cache_.newest_cells().size() == 1);
 }
 
-void Sealer::add_mass(const LayerCache::Slot& slot, const float* mass, std::uint32_t seen) {
+void Sealer::add_mass(const LayerCache::Slot& slot, const float* mass, const float* squares,
+                      std::uint32_t seen) {
+  if (seen == 0) {
+    return;
+  }
   StagingPage& page = *cache_.page(slot.segment);
   page.tokens[slot.index].seen += seen;
   for (std::uint32_t head = 0; head < cache_.n_kv_heads(); ++head) {
-    float& sum = page.mass[std::size_t{slot.index} * cache_.n_kv_heads() + head];
-    sum = ranks_by_last_row() ? mass[head] : sum + mass[head];
+    const std::size_t at = std::size_t{slot.index} * cache_.n_kv_heads() + head;
+    page.mass[at] = keeps_last_row_only() ? mass[head] : page.mass[at] + mass[head];
+    if (squares != nullptr) {
+      page.squares[at] += squares[head];
+    }
   }
 }
 
@@ -196,18 +206,22 @@ Status Sealer::seal_block(std::span<const LayerCache::Slot> oldest_first, std::u
   // Tiers are ranked in the order of arrival (ties go to the older token), head by head.
   std::vector<std::uint8_t> tiers(std::size_t{n_heads} * n);
   if (layout.n_tiers() > 1) {
-    std::vector<float> mass(n), scores(n);
+    std::vector<float> mass(n), squares(needs_squares() ? n : 0), scores(n);
     std::vector<std::uint32_t> seen(n), ages(n);
     for (std::uint32_t head = 0; head < n_heads; ++head) {
       for (std::uint32_t i = 0; i < n; ++i) {
         const StagingPage& page = *cache_.page(oldest_first[i].segment);
-        mass[i] = page.mass[std::size_t{oldest_first[i].index} * n_heads + head];
+        const std::size_t at = std::size_t{oldest_first[i].index} * n_heads + head;
+        mass[i] = page.mass[at];
+        if (needs_squares()) {
+          squares[i] = page.squares[at];
+        }
         seen[i] = page.tokens[oldest_first[i].index].seen;
         ages[i] = n_after - i;
       }
-      saliency::scores_from_mass(
-          ranks_by_last_row() ? saliency::Metric::kAccumulated : policy.metric, mass, seen, ages,
-          random_seed(oldest_first.front(), head), scores);
+      saliency::token_scores(keeps_last_row_only() ? saliency::Metric::kLastToken : policy.metric,
+                             {mass, squares, seen, ages}, random_seed(oldest_first.front(), head),
+                             scores);
       saliency::assign_tiers(scores, tier_tokens,
                              std::span(tiers).subspan(std::size_t{head} * n, n));
     }

@@ -224,9 +224,10 @@ TEST(MakePolicyErrors, Choices) {
   EXPECT_EQ(error_of({{"mode", ""}}), "mode: found '', accepted: default, paper, official");
   EXPECT_EQ(error_of({{"metric", "Normalized"}}),
             "metric: found 'Normalized', accepted: normalized, accumulated, official, random, "
-            "locality");
-  EXPECT_EQ(error_of({{"probes", "some"}}),
-            "probes: found 'some', accepted: default, official, all, recent, random, last");
+            "locality, last-token, roco");
+  EXPECT_EQ(
+      error_of({{"probes", "some"}}),
+      "probes: found 'some', accepted: default, official, all, recent, random, last, special");
   EXPECT_EQ(error_of({{"value-params", "float"}}),
             "value-params: found 'float', accepted: byte, half");
   EXPECT_EQ(error_of({{"policy", "uniform"}, {"granularity", "cst"}}),
@@ -293,6 +294,28 @@ TEST(MakePolicyErrors, SettingsThatDoNotApply) {
             "'half'");
 }
 
+TEST(MakePolicy, MetricsBringTheirProbes) {
+  EXPECT_EQ(policy_of({{"metric", "last-token"}}).probes, ProbeRule::kLast);
+  EXPECT_EQ(policy_of({{"metric", "roco"}}).probes, ProbeRule::kAll);
+  EXPECT_EQ(policy_of({{"metric", "roco"}, {"probes", "recent"}}).probes, ProbeRule::kRecent);
+  const Policy special = policy_of({{"probes", "special"}, {"probe-positions", "0,3,10-12"}});
+  EXPECT_EQ(special.probe_positions, (std::vector<std::uint32_t>{0, 3, 10, 11, 12}));
+}
+
+TEST(MakePolicyErrors, Probes) {
+  EXPECT_EQ(error_of({{"metric", "last-token"}, {"probes", "all"}}),
+            "probes: found 'all', but metric 'last-token' measures the last query alone");
+  EXPECT_EQ(error_of({{"probes", "special"}}),
+            "probe-positions: missing; probes 'special' needs them");
+  EXPECT_EQ(error_of({{"probe-positions", "3"}}),
+            "probe-positions: found '3', but only probes 'special' have positions");
+  for (const char* text : {"", "3,3", "4,2", "5-4", "1-", "-1", "1,", "1,2-1", "16777216", "a"}) {
+    EXPECT_EQ(error_of({{"probes", "special"}, {"probe-positions", text}}),
+              "probe-positions: found '" + std::string(text) +
+                  "', accepted: ascending numbers and ranges below 16777216, as 0,3,10-19");
+  }
+}
+
 TEST(MakePolicyErrors, AreOneLine) {
   EXPECT_EQ(error_of({{"seed", "1\n2\x7f"}}),
             "seed: found '1?2?', accepted: a whole number from 0 to 18446744073709551615");
@@ -312,7 +335,7 @@ TEST(SettingHelp, NamesEverySettingOnce) {
   EXPECT_EQ(names, (std::set<std::string>{"policy", "mode", "key-bits", "value-bits", "key-salient",
                                           "value-salient", "key-clip", "value-clip", "granularity",
                                           "group", "value-params", "sinks", "hold", "seal", "block",
-                                          "metric", "probes", "seed"}));
+                                          "metric", "probes", "probe-positions", "seed"}));
 }
 
 TEST(PolicyHelp, NamesEveryPolicyAndItsDefaults) {
@@ -368,6 +391,9 @@ TEST(ToSettings, MakesTheSamePolicyAgain) {
       {{"mode", "official"}, {"seal", "50"}, {"block", "1000"}},
       {{"key-bits", "3"}, {"value-salient", "33.33"}, {"metric", "random"}, {"seed", "77"}},
       {{"key-salient", "0.1"}, {"value-salient", "99.05"}, {"probes", "last"}, {"sinks", "8"}},
+      {{"metric", "roco"}},
+      {{"metric", "last-token"}},
+      {{"probes", "special"}, {"probe-positions", "0,7-9"}},
   };
   std::set<std::string> lines;
   for (const Settings& settings : all_settings) {

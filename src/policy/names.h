@@ -16,21 +16,24 @@ struct Named {
   T value;
 };
 
-inline constexpr std::array<Named<saliency::Metric>, 5> kMetrics{{
+inline constexpr std::array<Named<saliency::Metric>, 7> kMetrics{{
     {"normalized", saliency::Metric::kNormalized},
     {"accumulated", saliency::Metric::kAccumulated},
     {"official", saliency::Metric::kOfficial},
     {"random", saliency::Metric::kRandom},
     {"locality", saliency::Metric::kLocality},
+    {"last-token", saliency::Metric::kLastToken},
+    {"roco", saliency::Metric::kRoco},
 }};
 
-inline constexpr std::array<Named<saliency::ProbeRule>, 6> kProbeRules{{
+inline constexpr std::array<Named<saliency::ProbeRule>, 7> kProbeRules{{
     {"default", saliency::ProbeRule::kDefault},
     {"official", saliency::ProbeRule::kOfficial},
     {"all", saliency::ProbeRule::kAll},
     {"recent", saliency::ProbeRule::kRecent},
     {"random", saliency::ProbeRule::kRandom},
     {"last", saliency::ProbeRule::kLast},
+    {"special", saliency::ProbeRule::kSpecial},
 }};
 
 inline constexpr std::array<Named<format::TokenParams>, 2> kTokenParams{{

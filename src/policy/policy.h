@@ -56,6 +56,7 @@ struct Policy {
 
   saliency::Metric metric = saliency::Metric::kNormalized;
   saliency::ProbeRule probes = saliency::ProbeRule::kDefault;
+  std::vector<std::uint32_t> probe_positions;  // ProbeRule::kSpecial
   std::uint64_t seed = 0;
 
   bool seals() const { return !keeps_exact; }

@@ -179,10 +179,12 @@ const std::vector<SettingHelp>& setting_words() {
        "staged tokens that start a quantization"},
       {"block", "0 or 32..65536 in steps of 32; paper and official 0 or 16..65536",
        "most tokens of one block, 0 for no limit"},
-      {"metric", "normalized, accumulated, official, random, locality",
-       "what makes a token salient"},
-      {"probes", "default, official, all, recent, random, last",
-       "queries whose attention is measured"},
+      {"metric", "normalized, accumulated, official, random, locality, last-token, roco",
+       "what makes a token salient; the mean of RoCo alone is normalized with probes all"},
+      {"probes", "default, official, all, recent, random, last, special",
+       "queries whose attention is measured; metric last-token has the last one, roco all"},
+      {"probe-positions", "ascending numbers or ranges, 0,3,10-19; each below 16777216",
+       "with probes special: where in each sequence the special tokens are (a cache sees no text)"},
       {"seed", "0..18446744073709551615", "chooses the random probes"},
   };
   return words;
@@ -200,6 +202,12 @@ void SettingReader::fail(std::string_view name, std::string_view found, std::str
   if (!error_) {
     error_ = invalid_argument(std::string(name) + ": found " + quoted(found) + ", " +
                               std::string(expected));
+  }
+}
+
+void SettingReader::fail(std::string_view name, std::string_view message) {
+  if (!error_) {
+    error_ = invalid_argument(std::string(name) + ": " + std::string(message));
   }
 }
 
@@ -309,6 +317,37 @@ std::vector<std::uint8_t> SettingReader::bits(std::string_view name, std::size_t
   }
   resolve(name, numbers_text<std::uint8_t>(*widths));
   return *widths;
+}
+
+std::vector<std::uint32_t> SettingReader::positions(std::string_view name) {
+  constexpr std::uint32_t kEnd = 1u << 24;
+  const std::string* text = find(name);
+  if (text == nullptr) {
+    return {};
+  }
+  std::vector<std::uint32_t> all;
+  std::string_view rest = *text;
+  bool more = true;
+  while (more) {
+    const std::size_t comma = rest.find(',');
+    const std::string_view item = rest.substr(0, comma);
+    const std::size_t dash = item.find('-');
+    const auto first = parse_number<std::uint32_t>(item.substr(0, dash));
+    const auto last =
+        dash == std::string_view::npos ? first : parse_number<std::uint32_t>(item.substr(dash + 1));
+    if (!first || !last || *first > *last || *last >= kEnd ||
+        (!all.empty() && *first <= all.back())) {
+      fail(name, *text, "accepted: ascending numbers and ranges below 16777216, as 0,3,10-19");
+      return {};
+    }
+    for (std::uint32_t position = *first; position <= *last; ++position) {
+      all.push_back(position);
+    }
+    more = comma != std::string_view::npos;
+    rest.remove_prefix(more ? comma + 1 : 0);
+  }
+  resolve(name, *text);
+  return all;
 }
 
 std::array<float, 2> SettingReader::clip(std::string_view name, std::size_t n_classes,

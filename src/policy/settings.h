@@ -51,6 +51,8 @@ class SettingReader {
   void check_known();
   // Fails if a setting is given that is not among those of the policy of that name.
   void check_applies(std::string_view policy, const std::vector<std::string_view>& applicable);
+  // Fails with "NAME: MESSAGE".
+  void fail(std::string_view name, std::string_view message);
   // Fails with "NAME: found 'TEXT', EXPECTED" if `name` is given.
   void reject(std::string_view name, std::string_view expected);
 
@@ -67,6 +69,8 @@ class SettingReader {
   // HI,LO with HI >= LO (if max_classes is 2), or one width: as many as there are classes.
   std::vector<std::uint8_t> bits(std::string_view name, std::size_t max_classes,
                                  std::vector<std::uint8_t> fallback);
+  // Ascending numbers and ranges, "0,3,10-19"; none when absent.
+  std::vector<std::uint32_t> positions(std::string_view name);
   // One fraction in (0, 1] for each class, or one for all.
   std::array<float, 2> clip(std::string_view name, std::size_t n_classes,
                             std::array<float, 2> fallback);

@@ -51,7 +51,22 @@ void read_schedule(SettingReader& in, Policy& policy) {
 
 void read_ranking(SettingReader& in, Policy& policy) {
   policy.metric = in.choice("metric", kMetrics, policy.metric);
+  const bool by_last_row = policy.metric == saliency::Metric::kLastToken;
+  if (by_last_row || policy.metric == saliency::Metric::kRoco) {
+    policy.probes = by_last_row ? saliency::ProbeRule::kLast : saliency::ProbeRule::kAll;
+  }
   policy.probes = in.choice("probes", kProbeRules, policy.probes);
+  if (by_last_row && policy.probes != saliency::ProbeRule::kLast) {
+    in.reject("probes", "but metric 'last-token' measures the last query alone");
+  }
+  if (policy.probes == saliency::ProbeRule::kSpecial) {
+    policy.probe_positions = in.positions("probe-positions");
+    if (policy.probe_positions.empty()) {
+      in.fail("probe-positions", "missing; probes 'special' needs them");
+    }
+  } else {
+    in.reject("probe-positions", "but only probes 'special' have positions");
+  }
   policy.seed = in.seed("seed", policy.seed);
 }
 

@@ -23,7 +23,7 @@ std::uint16_t read_group(SettingReader& in, std::string_view name, std::uint16_t
 // sinks, hold, seal, block.
 void read_schedule(SettingReader& in, Policy& policy);
 
-// metric, probes, seed.
+// metric, probes, probe-positions, seed.
 void read_ranking(SettingReader& in, Policy& policy);
 
 // Sealing as the paper and its code do: a prompt at once, decoded tokens by the hundred, none exact

@@ -75,14 +75,14 @@ Policy make(SettingReader& in) {
 }  // namespace
 
 Method zipcache_method() {
-  return {
-      "zipcache",
-      "more bits for salient tokens; measured best here",
-      {"mode", "key-bits", "value-bits", "key-salient", "value-salient", "key-clip", "value-clip",
-       "value-params", "sinks", "hold", "seal", "block", "metric", "probes", "seed"},
-      make,
-      {{"paper", "the paper's text: 4 and 2 bits, 60 % salient"},
-       {"official", "the published code: re-quantizes everything each time"}}};
+  return {"zipcache",
+          "more bits for salient tokens; measured best here",
+          {"mode", "key-bits", "value-bits", "key-salient", "value-salient", "key-clip",
+           "value-clip", "value-params", "sinks", "hold", "seal", "block", "metric", "probes",
+           "probe-positions", "seed"},
+          make,
+          {{"paper", "the paper's text: 4 and 2 bits, 60 % salient"},
+           {"official", "the published code: re-quantizes everything each time"}}};
 }
 
 }  // namespace zipcache::policy
