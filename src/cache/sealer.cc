@@ -68,6 +68,13 @@ TokenGroup& Sealer::take_over(const Visibility& visible, std::uint32_t row) {
     }
     token(slot).group = made.id;
   }
+  // Blocks that wait for their values to be quantized go on waiting in the new group.
+  for (const Segment& segment : cache_.segments()) {
+    if (segment.block != nullptr && segment.block->holds_values &&
+        visible.sees(row, segment.block->cell(segment.block->n_tokens() - 1))) {
+      segment.block->group = made.id;
+    }
+  }
   groups.push_back(made);
   return groups.back();
 }
@@ -163,15 +170,16 @@ Status Sealer::seal_group(const StepGroup& group) {
   const policy::Policy& policy = cache_.policy();
   const Slots slots = staged(group.id);
   if (slots.size() <= policy.hold_tokens) {
-    return ok_status();
+    return seal_held_values(group.id);
   }
   const auto n_sealable = static_cast<std::uint32_t>(slots.size()) - policy.hold_tokens;
   const std::vector<std::uint32_t> blocks =
       policy::plan_seal(policy, n_sealable, static_cast<std::uint32_t>(group.rows.size()));
   std::size_t begin = 0;
   for (const std::uint32_t n : blocks) {
-    const Status sealed = seal_block(std::span(slots).subspan(begin, n),
-                                     static_cast<std::uint32_t>(slots.size() - begin), group.id);
+    const Status sealed =
+        seal_block(std::span(slots).subspan(begin, n),
+                   static_cast<std::uint32_t>(slots.size() - begin - n), group.id);
     if (!sealed) {
       return sealed;
     }
@@ -179,6 +187,36 @@ Status Sealer::seal_group(const StepGroup& group) {
   }
   if (!blocks.empty()) {
     cache_.compact_staging();
+  }
+  return seal_held_values(group.id);
+}
+
+std::uint32_t Sealer::tokens_of(std::uint32_t group) const {
+  const auto found = std::find_if(cache_.groups_.begin(), cache_.groups_.end(),
+                                  [group](const TokenGroup& g) { return g.id == group; });
+  ZC_CHECK(found != cache_.groups_.end());
+  return found->n_tokens;
+}
+
+// Values that have left the window for which they stay exact.
+Status Sealer::seal_held_values(std::uint32_t group) {
+  const policy::Policy& policy = cache_.policy();
+  if (policy.value_hold_tokens == 0) {
+    return ok_status();
+  }
+  const std::uint32_t n_tokens = tokens_of(group);
+  for (std::uint32_t id = 0; id < cache_.segments().size(); ++id) {
+    const SealedBlock* block = cache_.segments()[id].block.get();
+    if (block == nullptr || block->group != group || !block->holds_values ||
+        n_tokens - block->end_ordinal < policy.value_hold_tokens) {
+      continue;
+    }
+    const format::BlockShape shape = policy::block_shape(
+        policy, block->n_tokens(), cache_.n_kv_heads(), cache_.key_dim(), cache_.value_dim());
+    const Status sealed = cache_.seal_values(id, shape.value);
+    if (!sealed) {
+      return sealed;
+    }
   }
   return ok_status();
 }
@@ -195,8 +233,9 @@ Status Sealer::seal_block(std::span<const LayerCache::Slot> oldest_first, std::u
   const std::uint32_t n_heads = cache_.n_kv_heads();
   const auto n = static_cast<std::uint32_t>(oldest_first.size());
 
+  const bool holds_values = n_after < policy.value_hold_tokens;
   format::BlockShape shape =
-      policy::block_shape(policy, n, n_heads, cache_.key_dim(), cache_.value_dim());
+      policy::block_shape(policy, n, n_heads, cache_.key_dim(), cache_.value_dim(), holds_values);
   const format::BlockLayout layout(shape);
   std::vector<std::uint32_t> tier_tokens;
   for (std::uint32_t tier = 0; tier < layout.n_tiers(); ++tier) {
@@ -217,7 +256,7 @@ Status Sealer::seal_block(std::span<const LayerCache::Slot> oldest_first, std::u
           squares[i] = page.squares[at];
         }
         seen[i] = page.tokens[oldest_first[i].index].seen;
-        ages[i] = n_after - i;
+        ages[i] = n_after + n - i;
       }
       saliency::token_scores(keeps_last_row_only() ? saliency::Metric::kLastToken : policy.metric,
                              {mass, squares, seen, ages}, random_seed(oldest_first.front(), head),
@@ -234,7 +273,7 @@ Status Sealer::seal_block(std::span<const LayerCache::Slot> oldest_first, std::u
       return gathered;
     }
   }
-  return cache_.seal(slots, shape, tiers, group);
+  return cache_.seal(slots, {shape, group, tokens_of(group) - n_after, holds_values}, tiers);
 }
 
 // Published mode: every sealed token of the group comes back, keeps its tier, and is quantized anew

@@ -56,8 +56,11 @@ class Sealer {
   StagedToken& token(const LayerCache::Slot& slot);
   Slots staged(std::uint32_t group) const;  // of a group, oldest first, sinks left out
   Status seal_group(const StepGroup& group);
+  // n_after: tokens of the group after the block's.
   Status seal_block(std::span<const LayerCache::Slot> oldest_first, std::uint32_t n_after,
                     std::uint32_t group);
+  Status seal_held_values(std::uint32_t group);
+  std::uint32_t tokens_of(std::uint32_t group) const;
   Status gather_sealed(std::uint32_t group, format::BlockShape* shape, Slots* slots,
                        std::vector<std::uint8_t>* tiers);
 

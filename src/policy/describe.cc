@@ -18,6 +18,9 @@ std::string describe_tensor(const TensorPolicy& tensor) {
   if (tensor.group_channels != 0) {
     text += " by " + std::to_string(tensor.group_channels);
   }
+  if (tensor.group_tokens != 0) {
+    text += " by " + std::to_string(tensor.group_tokens) + " tokens";
+  }
   text += " " + per_class(tensor, std::to_string(tensor.bits[0]), std::to_string(tensor.bits[1])) +
           " bits (";
   if (tensor.n_classes == 2) {
@@ -41,6 +44,9 @@ std::string describe_schedule(const Policy& policy) {
                      std::to_string(policy.seal_tokens) + " in ";
   text +=
       policy.block_tokens == 0 ? "one block" : "blocks of " + std::to_string(policy.block_tokens);
+  if (policy.value_hold_tokens != 0) {
+    text += ", newest " + std::to_string(policy.value_hold_tokens) + " values exact";
+  }
   return text + (policy.requantize_all ? ", re-quantizing all" : "");
 }
 

@@ -145,6 +145,30 @@ TEST(MakePolicy, UniformGranularities) {
   }
 }
 
+TEST(MakePolicy, Kivi) {
+  const Policy policy = policy_of({{"policy", "kivi"}});
+  EXPECT_EQ(policy.key.granularity, Granularity::kChannelwise);
+  EXPECT_EQ(policy.key.group_tokens, 32);
+  EXPECT_EQ(policy.value.granularity, Granularity::kTokenwise);
+  EXPECT_EQ(policy.value.group_channels, 32);
+  for (const TensorPolicy* tensor : {&policy.key, &policy.value}) {
+    EXPECT_EQ(tensor->bits[0], 2);
+    EXPECT_EQ(tensor->n_classes, 1);
+    EXPECT_EQ(tensor->token_params, TokenParams::kHalf);
+  }
+  EXPECT_EQ(policy.sink_tokens, 0u);
+  EXPECT_EQ(policy.hold_tokens, 0u);
+  EXPECT_EQ(policy.seal_tokens, 128u);
+  EXPECT_EQ(policy.seal_multiple, 128u);
+  EXPECT_EQ(policy.value_hold_tokens, 128u);
+  EXPECT_EQ(policy_of({{"policy", "kivi"}, {"residual", "0"}}).seal_tokens, 32u);
+  EXPECT_EQ(policy_of({{"policy", "kivi"}, {"group", "256"}}).value_hold_tokens, 256u);
+  EXPECT_EQ(error_of({{"policy", "kivi"}, {"residual", "100"}}),
+            "residual: found '100', accepted: 0 or 32..4096 in steps of 32");
+  EXPECT_EQ(error_of({{"policy", "kivi"}, {"key-bits", "4,2"}}),
+            "key-bits: found '4,2', accepted widths are 2, 3, 4, 8; one for all tokens");
+}
+
 TEST(MakePolicy, Fp16) {
   const Policy policy = policy_of({{"policy", "fp16"}});
   EXPECT_EQ(policy.name, "fp16");
@@ -332,10 +356,13 @@ TEST(SettingHelp, NamesEverySettingOnce) {
     const std::string error = error_of({{help.name, "no such value"}});
     EXPECT_EQ(error.find(help.name + ": "), 0u) << error;
   }
-  EXPECT_EQ(names, (std::set<std::string>{"policy", "mode", "key-bits", "value-bits", "key-salient",
-                                          "value-salient", "key-clip", "value-clip", "granularity",
-                                          "group", "value-params", "sinks", "hold", "seal", "block",
-                                          "metric", "probes", "probe-positions", "seed"}));
+  EXPECT_EQ(names, (std::set<std::string>{"policy",          "mode",        "key-bits",
+                                          "value-bits",      "key-salient", "value-salient",
+                                          "key-clip",        "value-clip",  "granularity",
+                                          "group",           "residual",    "value-params",
+                                          "sinks",           "hold",        "seal",
+                                          "block",           "metric",      "probes",
+                                          "probe-positions", "seed"}));
 }
 
 TEST(PolicyHelp, NamesEveryPolicyAndItsDefaults) {
@@ -388,6 +415,8 @@ TEST(ToSettings, MakesTheSamePolicyAgain) {
       {{"policy", "uniform"}, {"granularity", "tokenwise"}, {"key-clip", "0.3"}},
       {{"policy", "uniform"}, {"granularity", "groupwise"}, {"group", "64"}, {"key-bits", "8"}},
       {{"mode", "paper"}},
+      {{"policy", "kivi"}, {"key-bits", "4"}, {"value-bits", "4"}, {"residual", "32"}},
+      {{"policy", "kivi"}, {"residual", "0"}},
       {{"mode", "official"}, {"seal", "50"}, {"block", "1000"}},
       {{"key-bits", "3"}, {"value-salient", "33.33"}, {"metric", "random"}, {"seed", "77"}},
       {{"key-salient", "0.1"}, {"value-salient", "99.05"}, {"probes", "last"}, {"sinks", "8"}},

@@ -7,6 +7,7 @@ std::span<const Method> methods() {
       zipcache_method(),
       fp16_method(),
       uniform_method(),
+      kivi_method(),
   };
   return all;
 }

@@ -33,5 +33,6 @@ std::vector<std::string_view> method_names();
 Method zipcache_method();  // zipcache.cc
 Method fp16_method();      // fp16.cc
 Method uniform_method();   // uniform.cc
+Method kivi_method();      // kivi.cc
 
 }  // namespace zipcache::policy

@@ -27,6 +27,7 @@ struct TensorPolicy {
   std::array<std::uint8_t, 2> bits{4, 2};
   std::uint32_t salient_bp = 10000;  // share of tokens in class 0, basis points
   std::uint32_t class_multiple = 1;  // class 0 counts are rounded to this
+  std::uint16_t group_tokens = 0;    // channelwise: tokens that share a scale, 0 = the block's
   quant::TensorRules rules;
 };
 
@@ -48,6 +49,10 @@ struct Policy {
   std::uint32_t seal_multiple = 32;
   std::uint32_t block_tokens = 512;
   bool seal_chunks = false;
+  // Values of the newest so many tokens of a sequence stay exact (width 16) when their keys are
+  // sealed; the last ones of a seal are therefore sealed in blocks of `value_hold_block` tokens.
+  std::uint32_t value_hold_tokens = 0;
+  std::uint32_t value_hold_block = 32;
   // Of fewer tokens than this a ranking means nothing: all are salient.
   std::uint32_t min_ranked_tokens = 0;
   // `official`: whenever tokens are sealed, every sealed token of the sequence is quantized anew
@@ -94,12 +99,13 @@ std::map<std::string, std::string> to_settings(const Policy& policy);
 // One line for logs: "zipcache default: K channelwise 4/3 bits (30 % salient, clip 1/0.9), V ..."
 std::string describe(const Policy& policy);
 
-// Shape of the block that seals n_tokens under this policy. Whether the head dimensions suit it
+// Shape of the block that seals n_tokens under this policy, with exact values if these are still
+// held. Whether the head dimensions suit it
 // (a channel group must divide them) is for BlockLayout::is_valid() to say.
 // REQUIRES: policy.seals().
 format::BlockShape block_shape(const Policy& policy, std::uint32_t n_tokens,
                                std::uint32_t n_kv_heads, std::uint32_t key_dim,
-                               std::uint32_t value_dim);
+                               std::uint32_t value_dim, bool hold_values = false);
 
 // Of `n_sealable` staged tokens of a sequence (sinks and held ones not counted), how many to seal
 // after a step that added `n_new` tokens to it, as block sizes in order, oldest tokens first; empty

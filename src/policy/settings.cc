@@ -169,7 +169,11 @@ const std::vector<SettingHelp>& setting_words() {
       {"granularity", "channelwise+cst, channelwise+tokenwise, tokenwise, groupwise",
        "what shares a scale, for keys and for values"},
       {"group", "16..512 in steps of 16",
-       "channels of a token that share a scale, with granularity groupwise"},
+       "channels of a token that share a scale (uniform: with granularity groupwise); kivi: also "
+       "tokens of a channel"},
+      {"residual", "0 or a multiple of group up to 4096",
+       "tokens that kivi keeps exact: keys are quantized so many at a time, values when so many "
+       "newer ones are there"},
       {"value-params", "byte, half", "how a value token's scale and minimum are stored"},
       {"sinks", "0..4096", "first tokens of a sequence, kept exact"},
       {"hold", "0..65536",
