@@ -64,6 +64,17 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   shape.value_dim = in.byte();
   shape.key = read_format(in);
   shape.value = read_format(in);
+  for (format::TensorFormat* f : {&shape.key, &shape.value}) {
+    const std::uint8_t more = in.byte();
+    f->group_tokens = static_cast<std::uint16_t>((more & 3) * 16);
+    f->given_factors = (more & 4) != 0;
+    f->reordered = (more & 8) != 0;
+    f->rank = more >> 4 & 3;
+    f->outliers = more >> 6;
+    for (std::uint8_t& bits : f->bits) {
+      bits = bits == 9 ? format::kExactBits : bits;
+    }
+  }
   if (!format::BlockLayout::is_valid(shape)) {
     return 0;
   }
@@ -77,6 +88,9 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   }
 
   const int bits = shape.key.bits[0];
+  if (!format::is_code_width(bits)) {
+    return 0;
+  }
   std::vector<std::uint8_t> codes(std::size_t{shape.n_tokens} * shape.key_dim);
   for (std::uint8_t& code : codes) {
     code = in.byte() & ((1 << bits) - 1);

@@ -109,6 +109,7 @@ void Attention::Impl::plan_tiles(std::uint32_t n_threads) {
     worker.q.resize(std::size_t{max_rows} * cache->key_dim());
     worker.probe_q.resize(worker.q.size());
     worker.lse.resize(max_rows);
+    worker.row_mass.resize(kPageTokens);
     worker.tokens.reserve(tile_tokens);
     worker.logits.resize(max_rows * logits_stride);
     worker.state.resize(state_floats);
@@ -141,6 +142,7 @@ void Attention::Impl::plan_probes() {
   }
   tile_probe.push_back(next);
   mass.assign(std::size_t{tiles_with_probes} * n_kv_heads * n_pages() * kPageTokens, 0.0f);
+  squares.assign(sealer != nullptr && sealer->needs_squares() ? mass.size() : 0, 0.0f);
 }
 
 void Attention::run(std::uint32_t ith) {
@@ -159,7 +161,7 @@ Status Attention::commit() {
   if (m.sealer == nullptr) {
     return ok_status();
   }
-  std::vector<float> total(m.n_kv_heads);
+  std::vector<float> total(m.n_kv_heads), total_squares(m.squares.empty() ? 0 : m.n_kv_heads);
   const std::size_t n_staged = std::size_t{m.n_pages()} * kPageTokens;
   const std::size_t n_mass_tiles = n_staged == 0 ? 0 : m.mass.size() / (m.n_kv_heads * n_staged);
   for (std::uint32_t page = 0; page < m.n_pages(); ++page) {
@@ -174,13 +176,22 @@ Status Attention::commit() {
         seen += m.query.visible->sees(m.query.first_row + probe.row, cell) ? probe.weight : 0.0f;
       }
       for (std::uint32_t head = 0; head < m.n_kv_heads; ++head) {
-        total[head] = 0.0f;
-        for (std::size_t tile = 0; tile < n_mass_tiles; ++tile) {  // a fixed order of summation
-          total[head] += m.mass[(tile * m.n_kv_heads + head) * n_staged +
-                                std::size_t{page} * kPageTokens + slot];
+        const auto sum = [&](const std::vector<float>& parts) {
+          float all = 0.0f;
+          for (std::size_t tile = 0; tile < n_mass_tiles; ++tile) {  // a fixed order of summation
+            all += parts[(tile * m.n_kv_heads + head) * n_staged + std::size_t{page} * kPageTokens +
+                         slot];
+          }
+          return all;
+        };
+        total[head] = sum(m.mass);
+        if (!m.squares.empty()) {
+          total_squares[head] = sum(m.squares);
         }
       }
-      m.sealer->add_mass({id, slot}, total.data(), static_cast<std::uint32_t>(seen));
+      m.sealer->add_mass({id, slot}, total.data(),
+                         m.squares.empty() ? nullptr : total_squares.data(),
+                         static_cast<std::uint32_t>(seen));
     }
   }
   const Status sealed = m.sealer->end_step();

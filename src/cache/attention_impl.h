@@ -25,6 +25,7 @@ struct Attention::Impl {
     AlignedVector<float> q;              // [rows, key_dim], scaled to base 2
     AlignedVector<float> probe_q;        // [rows, key_dim]: the rows of probes only
     std::vector<float> lse;              // [rows]
+    std::vector<float> row_mass;         // [kPageTokens]: one row's, over the heads of a group
     std::vector<std::uint32_t> tokens;   // tokens of the step whose rows are in q or probe_q
     AlignedVector<float> logits;         // [rows, logits_stride]
     AlignedVector<float> state;          // SoftmaxState of a span
@@ -60,8 +61,9 @@ struct Attention::Impl {
   std::vector<Probe> probes;              // ascending rows
   std::vector<std::uint32_t> tile_probe;  // first probe of each tile; ends with probes.size()
   std::vector<std::uint32_t>
-      mass_tile;            // tile -> its row in `mass`, tiles without probes share none
-  std::vector<float> mass;  // [tiles with probes, kv head, pages * kPageTokens]
+      mass_tile;               // tile -> its row in `mass`, tiles without probes share none
+  std::vector<float> mass;     // [tiles with probes, kv head, pages * kPageTokens]
+  std::vector<float> squares;  // as mass; empty unless the metric asks
 
   std::uint32_t n_spans() const { return static_cast<std::uint32_t>(span_begin.size()) - 1; }
   std::uint32_t n_pages() const { return static_cast<std::uint32_t>(segments.size()) - first_page; }
@@ -88,9 +90,8 @@ struct Attention::Impl {
   SoftmaxState state_at(float* data, std::size_t n_rows) const {
     return {data, n_rows, cache->value_dim()};
   }
-  float* mass_of(std::uint32_t tile, std::uint32_t head) const {
-    return const_cast<float*>(mass.data()) +
-           (std::size_t{mass_tile[tile]} * n_kv_heads + head) * n_pages() * kPageTokens;
+  std::size_t mass_begin(std::uint32_t tile, std::uint32_t head) const {
+    return (std::size_t{mass_tile[tile]} * n_kv_heads + head) * n_pages() * kPageTokens;
   }
 };
 

@@ -234,8 +234,9 @@ void Attention::Impl::probe_mass(std::uint32_t head, std::uint32_t tile, Worker&
                 worker.probe_q.data() + worker.tokens.size() * token_floats);
     worker.tokens.push_back(probes[i].row);
   }
-  float* out = mass_of(tile, head);
-  for (std::uint32_t page = 0; page < n_pages(); ++page, out += kPageTokens) {
+  std::size_t at = mass_begin(tile, head);
+  for (std::uint32_t page = 0; page < n_pages(); ++page, at += kPageTokens) {
+    float* out = const_cast<float*>(mass.data()) + at;
     const Segment& seg = segment(first_page + page);
     if (look(seg, tile, worker) == Sight::kNone) {
       continue;
@@ -244,13 +245,26 @@ void Attention::Impl::probe_mass(std::uint32_t head, std::uint32_t tile, Worker&
     for (std::size_t row = 0; row < worker.tokens.size() * group; ++row) {
       const std::size_t t = worker.tokens[row / group] - tile * tile_tokens;
       const float lse = worker.lse[t * group + row % group];
-      if (!(lse > -kInfinity)) {
-        continue;  // sees nothing, or NaN: no saliency from it
-      }
+      const float weight = probes[tile_probe[tile] + row / group].weight;
       float* s = worker.logits.data() + row * logits_stride;
-      kernels.mask(s, kPageTokens, worker.seen.data() + t);
-      kernels.exp2_sum(s, kPageTokens, lse);
-      kernels.axpby(out, kPageTokens, 1.0f, s, probes[tile_probe[tile] + row / group].weight);
+      if (lse > -kInfinity) {  // else it sees nothing, or NaN: no saliency from it
+        kernels.mask(s, kPageTokens, worker.seen.data() + t);
+        kernels.exp2_sum(s, kPageTokens, lse);
+        kernels.axpby(out, kPageTokens, 1.0f, s, weight);
+      } else {
+        std::fill_n(s, kPageTokens, 0.0f);
+      }
+      if (!squares.empty()) {
+        float* sum = worker.row_mass.data();
+        if (row % group == 0) {
+          std::fill_n(sum, kPageTokens, 0.0f);
+        }
+        kernels.axpby(sum, kPageTokens, 1.0f, s, 1.0f);
+        if (row % group + 1 == group) {
+          kernels.multiply(sum, sum, sum, kPageTokens);
+          kernels.axpby(const_cast<float*>(squares.data()) + at, kPageTokens, 1.0f, sum, weight);
+        }
+      }
     }
   }
 }

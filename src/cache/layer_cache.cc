@@ -48,10 +48,12 @@ Status LayerCache::set_heads(std::uint32_t n_kv_heads, std::uint32_t key_dim,
     for (Segment& segment : segments_) {  // pages filled before the heads were known
       if (segment.page != nullptr && policy_->seals()) {
         const std::size_t n = std::size_t{kPageTokens} * n_kv_heads_;
-        if (!budget_->reserve(n * sizeof(float))) {
-          return over_budget(*budget_, n * sizeof(float));
+        const std::size_t bytes = n * sizeof(float) * (keeps_squares() ? 2 : 1);
+        if (!budget_->reserve(bytes)) {
+          return over_budget(*budget_, bytes);
         }
         segment.page->mass.assign(n, 0.0f);
+        segment.page->squares.assign(keeps_squares() ? n : 0, 0.0f);
       }
     }
   }
@@ -119,7 +121,8 @@ std::size_t LayerCache::new_page_bytes() const {
   std::size_t bytes = sizeof(StagingPage) +
                       std::size_t{kPageTokens} * (shape_.key_row + shape_.value_row) * sizeof(Half);
   if (policy_->seals()) {
-    bytes += kPageTokens * (sizeof(StagedToken) + n_kv_heads_ * sizeof(float));
+    bytes += kPageTokens *
+             (sizeof(StagedToken) + n_kv_heads_ * sizeof(float) * (keeps_squares() ? 2 : 1));
   }
   return bytes;
 }
@@ -175,6 +178,7 @@ Expected<LayerCache::Slot> LayerCache::stage(std::uint32_t cell) {
     if (policy_->seals()) {
       page->tokens.resize(kPageTokens);
       page->mass.resize(std::size_t{kPageTokens} * n_kv_heads_);
+      page->squares.resize(keeps_squares() ? page->mass.size() : 0);
     }
     Expected<std::uint32_t> id = new_segment();
     if (!id) {
@@ -206,6 +210,9 @@ void LayerCache::reset_statistics(StagingPage& page, std::uint32_t slot) {
   }
   page.tokens[slot] = {.arrival = next_arrival_++};
   std::fill_n(page.mass.begin() + std::size_t{slot} * n_kv_heads_, n_kv_heads_, 0.0f);
+  if (!page.squares.empty()) {
+    std::fill_n(page.squares.begin() + std::size_t{slot} * n_kv_heads_, n_kv_heads_, 0.0f);
+  }
 }
 
 void LayerCache::release(std::uint32_t cell) {

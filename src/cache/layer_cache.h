@@ -57,10 +57,11 @@ struct StagingPage {
   bool has_non_finite = false;
   std::vector<StagedToken> tokens;  // kPageTokens long, or empty (fp16 policy)
   std::vector<float> mass;          // [kPageTokens, n_kv_heads]: probe attention received
+  std::vector<float> squares;       // as mass: of each row's; only where the metric asks
 
   std::size_t bytes() const {
     return sizeof(StagingPage) + (keys.size() + values.size()) * sizeof(Half) +
-           tokens.size() * sizeof(StagedToken) + mass.size() * sizeof(float);
+           tokens.size() * sizeof(StagedToken) + (mass.size() + squares.size()) * sizeof(float);
   }
 };
 
@@ -75,6 +76,8 @@ struct SealedBlock {
   std::vector<bool> dead;  // overwritten since; empty when all are live
   std::uint32_t n_live = 0;
   std::uint32_t group = kNoGroup;
+  std::uint32_t end_ordinal = 0;  // tokens of its group up to its newest one
+  bool holds_values = false;      // values are exact for now, to be quantized later
 
   std::uint32_t n_tokens() const { return layout->shape().n_tokens; }
   std::uint32_t cell(std::uint32_t token) const {
@@ -164,8 +167,15 @@ class LayerCache {
   // Packs staged tokens (page slots, any order) as one block; tiers [n_kv_heads, n] in the order of
   // `slots`, counts as in quant::encode_block. The slots become free; call compact_staging() after
   // the last seal of a step.
-  Status seal(std::span<const Slot> slots, const format::BlockShape& shape,
-              std::span<const std::uint8_t> tiers, std::uint32_t group);
+  struct SealAs {
+    format::BlockShape shape;
+    std::uint32_t group = kNoGroup;
+    std::uint32_t end_ordinal = 0;  // see SealedBlock
+    bool holds_values = false;
+  };
+  Status seal(std::span<const Slot> slots, const SealAs& as, std::span<const std::uint8_t> tiers);
+  // Quantizes the values of a block that held them exact; `value` is their format from now on.
+  Status seal_values(std::uint32_t segment, const format::TensorFormat& value);
   // Dequantizes a block's live tokens back into staging (published mode: quantize everything anew).
   // Returns their slots, ascending cells; *tiers becomes [n_kv_heads, n].
   Expected<std::vector<Slot>> unseal(std::uint32_t segment, std::vector<std::uint8_t>* tiers);
@@ -191,6 +201,7 @@ class LayerCache {
   void free_segment(std::uint32_t segment);
   std::shared_ptr<const format::BlockLayout> layout_for(const format::BlockShape& shape);
   std::size_t new_page_bytes() const;
+  bool keeps_squares() const { return policy_->metric == saliency::Metric::kRoco; }
   void reset_statistics(StagingPage& page, std::uint32_t slot);
   void write_row(Tensor tensor, const Slot& slot, const RowsView& rows, std::size_t row);
   void read_staged(const Slot& slot, Tensor tensor, float* row) const;

@@ -11,13 +11,16 @@
 
 namespace zipcache::cache {
 
-Status LayerCache::seal(std::span<const Slot> slots, const format::BlockShape& shape,
-                        std::span<const std::uint8_t> tiers, std::uint32_t group) {
+Status LayerCache::seal(std::span<const Slot> slots, const SealAs& as,
+                        std::span<const std::uint8_t> tiers) {
+  const format::BlockShape& shape = as.shape;
   ZC_CHECK(slots.size() == shape.n_tokens && !slots.empty());
   try {
     auto block = std::make_unique<SealedBlock>();
     block->layout = layout_for(shape);
-    block->group = group;
+    block->group = as.group;
+    block->end_ordinal = as.end_ordinal;
+    block->holds_values = as.holds_values;
     block->n_live = shape.n_tokens;
     const std::size_t bytes = block->layout->total_bytes();
     block->bytes.resize(bytes);
@@ -65,6 +68,29 @@ Status LayerCache::seal(std::span<const Slot> slots, const format::BlockShape& s
     }
     n_live_ += cells.size();
     segments_[*id].block = std::move(block);
+    return ok_status();
+  } catch (const std::bad_alloc&) {
+    return no_memory(new_page_bytes());
+  }
+}
+
+Status LayerCache::seal_values(std::uint32_t segment, const format::TensorFormat& value) {
+  try {
+    SealedBlock& block = *segments_[segment].block;
+    ZC_CHECK(block.holds_values);
+    format::BlockShape shape = block.layout->shape();
+    shape.value = value;
+    const auto layout = layout_for(shape);
+    if (!budget_->reserve(layout->total_bytes())) {
+      return over_budget(*budget_, layout->total_bytes());
+    }
+    AlignedVector<std::byte> bytes(layout->total_bytes());
+    quant::replace_values(*block.layout, block.bytes.data(), *layout, policy_->value.rules,
+                          decode(segment, Tensor::kValue), bytes.data());
+    budget_->release(block.bytes.size());
+    block.bytes = std::move(bytes);
+    block.layout = layout;
+    block.holds_values = false;
     return ok_status();
   } catch (const std::bad_alloc&) {
     return no_memory(new_page_bytes());
@@ -211,6 +237,10 @@ void LayerCache::move_token(std::uint32_t from_page, std::uint32_t to_page) {
     to.tokens[target] = from.tokens[source];
     std::copy_n(from.mass.begin() + std::size_t{source} * n_kv_heads_, n_kv_heads_,
                 to.mass.begin() + std::size_t{target} * n_kv_heads_);
+    if (!to.squares.empty()) {
+      std::copy_n(from.squares.begin() + std::size_t{source} * n_kv_heads_, n_kv_heads_,
+                  to.squares.begin() + std::size_t{target} * n_kv_heads_);
+    }
   }
   to.has_non_finite |= from.has_non_finite;
   to.cells[target] = from.cells[source];

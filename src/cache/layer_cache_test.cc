@@ -38,6 +38,10 @@ const std::vector<Case>& cases() {
        3e-3},
       {"paper", {{"mode", "paper"}}, 3e-3},
       {"official", {{"mode", "official"}}, 3e-3},
+      {"kivi", {{"policy", "kivi"}, {"residual", "32"}}, 4e-3},
+      {"kivi_no_residual", {{"policy", "kivi"}, {"residual", "0"}, {"key-bits", "4"}}, 4e-3},
+      {"roco", {{"metric", "roco"}, {"seal", "32"}}, 3e-3},
+      {"last_token", {{"metric", "last-token"}, {"seal", "32"}}, 3e-3},
   };
   return kAll;
 }
@@ -223,6 +227,35 @@ TEST(LayerCache, NanAndInfinityStayInTheirSequence) {
       }
     }
   }
+}
+
+TEST(LayerCache, KiviQuantizesKeysByTheResidualAndValuesBehindIt) {
+  TestEngine engine({}, {{"policy", "kivi"}, {"residual", "64"}}, best(), 1, 7);
+  engine.step({{0, 150}}, false);  // keys: 128 sealed; values: all but the newest 64, in 32s
+  const auto is_exact = [&](Tensor tensor, std::uint32_t position) {
+    const std::vector<float> held = engine.held(tensor);
+    const std::vector<float> row = engine.row(0, position, tensor == Tensor::kKey ? 0 : 1, 64);
+    for (std::uint32_t c = 0; c < 64; ++c) {
+      if (held[engine.cells(0)[position] * 64 + c] != round_to_half(row[c])) {
+        return false;
+      }
+    }
+    return true;
+  };
+  EXPECT_FALSE(is_exact(Tensor::kKey, 127));
+  EXPECT_TRUE(is_exact(Tensor::kKey, 128));
+  EXPECT_FALSE(is_exact(Tensor::kValue, 63));
+  EXPECT_TRUE(is_exact(Tensor::kValue, 64));
+  EXPECT_TRUE(is_exact(Tensor::kValue, 100));
+  for (int i = 0; i < 10; ++i) {  // the block 64..95 leaves when 64 newer tokens are there
+    EXPECT_TRUE(is_exact(Tensor::kValue, 64)) << i;
+    engine.step({{0, 1}}, false);
+  }
+  EXPECT_FALSE(is_exact(Tensor::kValue, 64));
+  EXPECT_TRUE(is_exact(Tensor::kValue, 96));
+  EXPECT_LE(engine.budget().used(), engine.cache().bytes().total());
+  engine.cache().clear();
+  EXPECT_EQ(engine.budget().used(), 0u);
 }
 
 TEST(LayerCache, RollbackOfOneTokenEachStepKeepsStagingSmall) {

@@ -68,6 +68,13 @@ TokenGroup& Sealer::take_over(const Visibility& visible, std::uint32_t row) {
     }
     token(slot).group = made.id;
   }
+  // Blocks that wait for their values to be quantized go on waiting in the new group.
+  for (const Segment& segment : cache_.segments()) {
+    if (segment.block != nullptr && segment.block->holds_values &&
+        visible.sees(row, segment.block->cell(segment.block->n_tokens() - 1))) {
+      segment.block->group = made.id;
+    }
+  }
   groups.push_back(made);
   return groups.back();
 }
@@ -96,7 +103,8 @@ void Sealer::begin_step(const Visibility& visible, std::uint32_t first_row,
   for (const StepGroup& group : step_groups_) {
     for (const std::uint32_t i : saliency::select_probes(
              cache_.policy().probes, static_cast<std::uint32_t>(group.rows.size()),
-             {cache_.policy().seed, cache_.shape().layer, group.ordinal})) {
+             {cache_.policy().seed, cache_.shape().layer, group.ordinal,
+              cache_.policy().probe_positions})) {
       weights[group.rows[i]] += 1.0f;
     }
   }
@@ -105,17 +113,26 @@ void Sealer::begin_step(const Visibility& visible, std::uint32_t first_row,
   }
 }
 
-// The published code ranks in decode by the current query alone, not normalized.
-bool Sealer::ranks_by_last_row() const {
-  return cache_.policy().metric == saliency::Metric::kOfficial && cache_.newest_cells().size() == 1;
+// The published code, too, ranks in decode by the current query alone, not normalized.
+bool Sealer::keeps_last_row_only() const {
+  const saliency::Metric metric = cache_.policy().metric;
+  return metric == saliency::Metric::kLastToken ||
+         (metric == saliency::Metric::kOfficial && cache_.newest_cells().size() == 1);
 }
 
-void Sealer::add_mass(const LayerCache::Slot& slot, const float* mass, std::uint32_t seen) {
+void Sealer::add_mass(const LayerCache::Slot& slot, const float* mass, const float* squares,
+                      std::uint32_t seen) {
+  if (seen == 0) {
+    return;
+  }
   StagingPage& page = *cache_.page(slot.segment);
   page.tokens[slot.index].seen += seen;
   for (std::uint32_t head = 0; head < cache_.n_kv_heads(); ++head) {
-    float& sum = page.mass[std::size_t{slot.index} * cache_.n_kv_heads() + head];
-    sum = ranks_by_last_row() ? mass[head] : sum + mass[head];
+    const std::size_t at = std::size_t{slot.index} * cache_.n_kv_heads() + head;
+    page.mass[at] = keeps_last_row_only() ? mass[head] : page.mass[at] + mass[head];
+    if (squares != nullptr) {
+      page.squares[at] += squares[head];
+    }
   }
 }
 
@@ -154,7 +171,7 @@ Status Sealer::seal_group(const StepGroup& group) {
   const policy::Policy& policy = cache_.policy();
   const Slots slots = staged(group.id);
   if (slots.size() <= policy.hold_tokens) {
-    return ok_status();
+    return seal_held_values(group.id);
   }
   const auto n_sealable = static_cast<std::uint32_t>(slots.size()) - policy.hold_tokens;
   const std::vector<std::uint32_t> blocks =
@@ -162,7 +179,7 @@ Status Sealer::seal_group(const StepGroup& group) {
   std::size_t begin = 0;
   for (const std::uint32_t n : blocks) {
     Status sealed = seal_block(std::span(slots).subspan(begin, n),
-                               static_cast<std::uint32_t>(slots.size() - begin), group.id);
+                               static_cast<std::uint32_t>(slots.size() - begin - n), group.id);
     if (!sealed) {
       return sealed;
     }
@@ -170,6 +187,36 @@ Status Sealer::seal_group(const StepGroup& group) {
   }
   if (!blocks.empty()) {
     cache_.compact_staging();
+  }
+  return seal_held_values(group.id);
+}
+
+std::uint32_t Sealer::tokens_of(std::uint32_t group) const {
+  const auto found = std::find_if(cache_.groups_.begin(), cache_.groups_.end(),
+                                  [group](const TokenGroup& g) { return g.id == group; });
+  ZC_CHECK(found != cache_.groups_.end());
+  return found->n_tokens;
+}
+
+// Values that have left the window for which they stay exact.
+Status Sealer::seal_held_values(std::uint32_t group) {
+  const policy::Policy& policy = cache_.policy();
+  if (policy.value_hold_tokens == 0) {
+    return ok_status();
+  }
+  const std::uint32_t n_tokens = tokens_of(group);
+  for (std::uint32_t id = 0; id < cache_.segments().size(); ++id) {
+    const SealedBlock* block = cache_.segments()[id].block.get();
+    if (block == nullptr || block->group != group || !block->holds_values ||
+        n_tokens - block->end_ordinal < policy.value_hold_tokens) {
+      continue;
+    }
+    const format::BlockShape shape = policy::block_shape(
+        policy, block->n_tokens(), cache_.n_kv_heads(), cache_.key_dim(), cache_.value_dim());
+    const Status sealed = cache_.seal_values(id, shape.value);
+    if (!sealed) {
+      return sealed;
+    }
   }
   return ok_status();
 }
@@ -186,8 +233,9 @@ Status Sealer::seal_block(std::span<const LayerCache::Slot> oldest_first, std::u
   const std::uint32_t n_heads = cache_.n_kv_heads();
   const auto n = static_cast<std::uint32_t>(oldest_first.size());
 
+  const bool holds_values = n_after < policy.value_hold_tokens;
   format::BlockShape shape =
-      policy::block_shape(policy, n, n_heads, cache_.key_dim(), cache_.value_dim());
+      policy::block_shape(policy, n, n_heads, cache_.key_dim(), cache_.value_dim(), holds_values);
   const format::BlockLayout layout(shape);
   std::vector<std::uint32_t> tier_tokens;
   for (std::uint32_t tier = 0; tier < layout.n_tiers(); ++tier) {
@@ -197,18 +245,22 @@ Status Sealer::seal_block(std::span<const LayerCache::Slot> oldest_first, std::u
   // Tiers are ranked in the order of arrival (ties go to the older token), head by head.
   std::vector<std::uint8_t> tiers(std::size_t{n_heads} * n);
   if (layout.n_tiers() > 1) {
-    std::vector<float> mass(n), scores(n);
+    std::vector<float> mass(n), squares(needs_squares() ? n : 0), scores(n);
     std::vector<std::uint32_t> seen(n), ages(n);
     for (std::uint32_t head = 0; head < n_heads; ++head) {
       for (std::uint32_t i = 0; i < n; ++i) {
         const StagingPage& page = *cache_.page(oldest_first[i].segment);
-        mass[i] = page.mass[std::size_t{oldest_first[i].index} * n_heads + head];
+        const std::size_t at = std::size_t{oldest_first[i].index} * n_heads + head;
+        mass[i] = page.mass[at];
+        if (needs_squares()) {
+          squares[i] = page.squares[at];
+        }
         seen[i] = page.tokens[oldest_first[i].index].seen;
-        ages[i] = n_after - i;
+        ages[i] = n_after + n - i;
       }
-      saliency::scores_from_mass(
-          ranks_by_last_row() ? saliency::Metric::kAccumulated : policy.metric, mass, seen, ages,
-          random_seed(oldest_first.front(), head), scores);
+      saliency::token_scores(keeps_last_row_only() ? saliency::Metric::kLastToken : policy.metric,
+                             {mass, squares, seen, ages}, random_seed(oldest_first.front(), head),
+                             scores);
       saliency::assign_tiers(scores, tier_tokens,
                              std::span(tiers).subspan(std::size_t{head} * n, n));
     }
@@ -221,7 +273,7 @@ Status Sealer::seal_block(std::span<const LayerCache::Slot> oldest_first, std::u
       return gathered;
     }
   }
-  return cache_.seal(slots, shape, tiers, group);
+  return cache_.seal(slots, {shape, group, tokens_of(group) - n_after, holds_values}, tiers);
 }
 
 // Published mode: every sealed token of the group comes back, keeps its tier, and is quantized anew

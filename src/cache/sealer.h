@@ -31,8 +31,11 @@ class Sealer {
   // `visible`) their groups and picks the probes, ascending by row.
   void begin_step(const Visibility& visible, std::uint32_t first_row, std::vector<Probe>* probes);
 
-  // Adds the probe attention of one staged token: mass [n_kv_heads], seen = probes that see it.
-  void add_mass(const LayerCache::Slot& slot, const float* mass, std::uint32_t seen);
+  // Adds the probe attention of one staged token: mass [n_kv_heads], seen = probes that see it;
+  // squares as mass, nullptr unless needs_squares().
+  void add_mass(const LayerCache::Slot& slot, const float* mass, const float* squares,
+                std::uint32_t seen);
+  bool needs_squares() const { return cache_.policy().metric == saliency::Metric::kRoco; }
 
   // Seals what the policy wants of the groups of this step.
   Status end_step();
@@ -48,13 +51,16 @@ class Sealer {
   TokenGroup& group_for(const Visibility& visible, std::uint32_t row);
   TokenGroup& take_over(const Visibility& visible, std::uint32_t row);
   bool holds_tail(const TokenGroup& group) const;
-  bool ranks_by_last_row() const;
+  bool keeps_last_row_only() const;
   std::uint64_t random_seed(const LayerCache::Slot& first, std::uint32_t head);
   StagedToken& token(const LayerCache::Slot& slot);
   Slots staged(std::uint32_t group) const;  // of a group, oldest first, sinks left out
   Status seal_group(const StepGroup& group);
+  // n_after: tokens of the group after the block's.
   Status seal_block(std::span<const LayerCache::Slot> oldest_first, std::uint32_t n_after,
                     std::uint32_t group);
+  Status seal_held_values(std::uint32_t group);
+  std::uint32_t tokens_of(std::uint32_t group) const;
   Status gather_sealed(std::uint32_t group, format::BlockShape* shape, Slots* slots,
                        std::vector<std::uint8_t>* tiers);
 

@@ -1,6 +1,7 @@
 #include "cache/segment_math.h"
 
 #include <algorithm>
+#include <limits>
 
 #include "format/block_params.h"
 
@@ -25,6 +26,8 @@ void SegmentScratch::resize(std::size_t n_rows, std::size_t max_tokens, std::siz
   token_min.resize(widest);
   channel_a.resize(round_up(max_dim, 16));
   channel_b.resize(round_up(max_dim, 16));
+  reordered.resize(n_rows * round_up(max_dim, 16));
+  order.resize(max_dim);
   kernel.resize(kernels::matmul_scratch_bytes(n_rows, widest));
 }
 
@@ -44,10 +47,29 @@ void SegmentMath::logits(const Segment& segment, std::uint32_t head, const float
              scratch);
     return;
   }
+  block_logits(*segment.block, head, q, n_rows, logits, stride, scratch);
+}
+
+void SegmentMath::block_logits(const SealedBlock& block, std::uint32_t head, const float* q,
+                               std::size_t n_rows, float* logits, std::size_t stride,
+                               SegmentScratch& scratch) const {
+  const format::TensorFormat& format = block.layout->tensor(Tensor::kKey);
+  if (format.reordered) {
+    format::channel_order(*block.layout, block.bytes.data(), Tensor::kKey, head,
+                          scratch.order.data());
+    for (std::size_t row = 0; row < n_rows; ++row) {
+      for (std::uint32_t c = 0; c < key_dim_; ++c) {
+        scratch.reordered[row * key_dim_ + c] = q[row * key_dim_ + scratch.order[c]];
+      }
+    }
+    q = scratch.reordered.data();
+  }
   // Class 1 comes second: it overwrites the padding lanes behind class 0.
-  const int n_classes = segment.block->layout->tensor(Tensor::kKey).n_classes;
-  for (int cls = 0; cls < n_classes; ++cls) {
-    key_class(*segment.block, head, cls, q, n_rows, logits, stride, scratch);
+  for (int cls = 0; cls < format.n_classes; ++cls) {
+    key_class(block, head, cls, q, n_rows, logits, stride, scratch);
+  }
+  if (format.rank > 0 || format.outliers > 0) {
+    key_corrections(block, head, q, n_rows, logits, stride, scratch);
   }
 }
 
@@ -64,24 +86,20 @@ void SegmentMath::key_class(const SealedBlock& block, std::uint32_t head, int cl
   float* out = logits + layout.first_slot(Tensor::kKey, cls);
   float* folded = scratch.operand.data();
 
-  if (format.granularity == Granularity::kChannelwise) {
-    const std::byte* params = at(block, layout.channel_scale_min(Tensor::kKey, head, cls));
-    format::load_halves(params, key_dim_, scratch.channel_a.data());
-    format::load_halves(params + key_dim_ * sizeof(Half), key_dim_, scratch.channel_b.data());
-    const std::size_t inner = format::padded_inner(bits, key_dim_);
+  if (bits == format::kEvictedBits) {
     for (std::size_t row = 0; row < n_rows; ++row) {
-      float* x = folded + row * inner;
-      kernels_.multiply(x, q + row * key_dim_, scratch.channel_a.data(), key_dim_);
-      std::fill(x + key_dim_, x + inner, 0.0f);
+      std::fill_n(out + row * stride, n, -std::numeric_limits<float>::infinity());
     }
-    multiply({at(block, layout.codes(Tensor::kKey, head, cls, 0)), bits, n, key_dim_, 0}, folded,
-             inner, n_rows, out, stride, scratch);
-    for (std::size_t row = 0; row < n_rows; ++row) {
-      const float beta = kernels_.dot(q + row * key_dim_, scratch.channel_b.data(), key_dim_);
-      float* s = out + row * stride;
-      for (std::uint32_t i = 0; i < n; ++i) {
-        s[i] += beta;
-      }
+    return;
+  }
+  if (bits == format::kExactBits) {
+    multiply({at(block, layout.codes(Tensor::kKey, head, cls, 0)), 16, n, key_dim_, n}, q, key_dim_,
+             n_rows, out, stride, scratch);
+    return;
+  }
+  if (format.granularity == Granularity::kChannelwise) {
+    for (std::uint32_t group = 0; group < layout.n_token_groups(Tensor::kKey, cls); ++group) {
+      key_channels(block, head, cls, group, q, n_rows, out, stride, scratch);
     }
     return;
   }
@@ -123,6 +141,106 @@ void SegmentMath::key_class(const SealedBlock& block, std::uint32_t head, int cl
   }
 }
 
+// Slots of a class that share a (scale, min) per channel: the lanes of a part of its code matrix.
+void SegmentMath::key_channels(const SealedBlock& block, std::uint32_t head, int cls,
+                               std::uint32_t group, const float* q, std::size_t n_rows,
+                               float* logits, std::size_t stride, SegmentScratch& scratch) const {
+  const BlockLayout& layout = *block.layout;
+  const int bits = layout.tensor(Tensor::kKey).bits[static_cast<std::size_t>(cls)];
+  const std::uint32_t first = group * layout.group_tokens(Tensor::kKey, cls);
+  const std::uint32_t n = std::min(layout.group_tokens(Tensor::kKey, cls),
+                                   layout.class_tokens(Tensor::kKey, cls) - first);
+  const std::size_t lane_groups = first / format::kLanesPerGroup;
+  const std::byte* codes =
+      at(block, layout.codes(Tensor::kKey, head, cls, 0)) +
+      lane_groups * format::group_words(bits, key_dim_) * format::kGroupWordBytes;
+  const std::byte* params = at(block, layout.channel_scale_min(Tensor::kKey, head, cls, group));
+  float* out = logits + first;
+  float* folded = scratch.operand.data();
+  format::load_halves(params, key_dim_, scratch.channel_a.data());
+  format::load_halves(params + key_dim_ * sizeof(Half), key_dim_, scratch.channel_b.data());
+  const std::size_t inner = format::padded_inner(bits, key_dim_);
+  for (std::size_t row = 0; row < n_rows; ++row) {
+    float* x = folded + row * inner;
+    kernels_.multiply(x, q + row * key_dim_, scratch.channel_a.data(), key_dim_);
+    std::fill(x + key_dim_, x + inner, 0.0f);
+  }
+  multiply({codes, bits, n, key_dim_, 0}, folded, inner, n_rows, out, stride, scratch);
+  for (std::size_t row = 0; row < n_rows; ++row) {
+    const float beta = kernels_.dot(q + row * key_dim_, scratch.channel_b.data(), key_dim_);
+    float* s = out + row * stride;
+    for (std::uint32_t i = 0; i < n; ++i) {
+      s[i] += beta;
+    }
+  }
+}
+
+// Low rank: q . (channel x token) = (q . channel) x token, two small products with fp16. Outliers:
+// a sparse sum.
+void SegmentMath::key_corrections(const SealedBlock& block, std::uint32_t head, const float* q,
+                                  std::size_t n_rows, float* logits, std::size_t stride,
+                                  SegmentScratch& scratch) const {
+  const BlockLayout& layout = *block.layout;
+  const format::TensorFormat& format = layout.tensor(Tensor::kKey);
+  const std::uint32_t n = layout.shape().n_tokens;
+  const std::uint32_t rank = format.rank;
+  if (rank > 0) {
+    const std::byte* token = at(block, layout.low_rank(Tensor::kKey, head));
+    const std::byte* channel = token + std::size_t{rank} * n * sizeof(Half);
+    for (std::uint32_t r = 0; r < rank; ++r) {
+      format::load_halves(channel + std::size_t{r} * key_dim_ * sizeof(Half), key_dim_,
+                          scratch.channel_a.data());
+      for (std::size_t row = 0; row < n_rows; ++row) {
+        scratch.operand[row * rank + r] =
+            kernels_.dot(q + row * key_dim_, scratch.channel_a.data(), key_dim_);
+      }
+    }
+    const std::size_t product_stride = round_up(n, 16);
+    multiply({token, 16, n, rank, n}, scratch.operand.data(), rank, n_rows, scratch.product.data(),
+             product_stride, scratch);
+    for (std::size_t row = 0; row < n_rows; ++row) {
+      kernels_.axpby(logits + row * stride, n, 1.0f, scratch.product.data() + row * product_stride,
+                     1.0f);
+    }
+  }
+  format::for_each_outlier(layout, block.bytes.data(), Tensor::kKey, head,
+                           [&](std::uint32_t channel, std::uint32_t slot, float value) {
+                             for (std::size_t row = 0; row < n_rows; ++row) {
+                               logits[row * stride + slot] += q[row * key_dim_ + channel] * value;
+                             }
+                           });
+}
+
+void SegmentMath::value_corrections(const SealedBlock& block, std::uint32_t head,
+                                    const float* weights, std::size_t stride, std::size_t n_rows,
+                                    float* out, SegmentScratch& scratch) const {
+  const BlockLayout& layout = *block.layout;
+  const format::TensorFormat& format = layout.tensor(Tensor::kValue);
+  const std::uint32_t n = layout.shape().n_tokens;
+  const std::uint32_t rank = format.rank;
+  if (rank > 0) {
+    const std::byte* token = at(block, layout.low_rank(Tensor::kValue, head));
+    const std::byte* channel = token + std::size_t{rank} * n * sizeof(Half);
+    for (std::uint32_t r = 0; r < rank; ++r) {
+      format::load_halves(token + std::size_t{r} * n * sizeof(Half), n, scratch.token_scale.data());
+      for (std::size_t row = 0; row < n_rows; ++row) {
+        scratch.operand[row * rank + r] =
+            kernels_.dot(weights + row * stride, scratch.token_scale.data(), n);
+      }
+    }
+    multiply({channel, 16, value_dim_, rank, value_dim_}, scratch.operand.data(), rank, n_rows,
+             scratch.product.data(), value_dim_, scratch);
+    kernels_.axpby(out, n_rows * value_dim_, 1.0f, scratch.product.data(), 1.0f);
+  }
+  format::for_each_outlier(layout, block.bytes.data(), Tensor::kValue, head,
+                           [&](std::uint32_t slot, std::uint32_t channel, float value) {
+                             for (std::size_t row = 0; row < n_rows; ++row) {
+                               out[row * value_dim_ + channel] +=
+                                   weights[row * stride + slot] * value;
+                             }
+                           });
+}
+
 void SegmentMath::accumulate(const Segment& segment, std::uint32_t head, const float* weights,
                              std::size_t stride, std::size_t n_rows, float* out,
                              SegmentScratch& scratch) const {
@@ -137,9 +255,32 @@ void SegmentMath::accumulate(const Segment& segment, std::uint32_t head, const f
     kernels_.axpby(out, n_rows * value_dim_, 1.0f, scratch.product.data(), 1.0f);
     return;
   }
-  const int n_classes = segment.block->layout->tensor(Tensor::kValue).n_classes;
-  for (int cls = 0; cls < n_classes; ++cls) {
-    value_class(*segment.block, head, cls, weights, stride, n_rows, out, scratch);
+  block_accumulate(*segment.block, head, weights, stride, n_rows, out, scratch);
+}
+
+void SegmentMath::block_accumulate(const SealedBlock& block, std::uint32_t head,
+                                   const float* weights, std::size_t stride, std::size_t n_rows,
+                                   float* out, SegmentScratch& scratch) const {
+  const format::TensorFormat& format = block.layout->tensor(Tensor::kValue);
+  float* sums = out;
+  if (format.reordered) {
+    sums = scratch.reordered.data();
+    std::fill_n(sums, n_rows * value_dim_, 0.0f);
+  }
+  for (int cls = 0; cls < format.n_classes; ++cls) {
+    value_class(block, head, cls, weights, stride, n_rows, sums, scratch);
+  }
+  if (format.rank > 0 || format.outliers > 0) {
+    value_corrections(block, head, weights, stride, n_rows, sums, scratch);
+  }
+  if (format.reordered) {
+    format::channel_order(*block.layout, block.bytes.data(), Tensor::kValue, head,
+                          scratch.order.data());
+    for (std::size_t row = 0; row < n_rows; ++row) {
+      for (std::uint32_t c = 0; c < value_dim_; ++c) {
+        out[row * value_dim_ + scratch.order[c]] += sums[row * value_dim_ + c];
+      }
+    }
   }
 }
 
@@ -157,6 +298,23 @@ void SegmentMath::accumulate_one_by_one(const Half* values, const float* weights
   }
 }
 
+void SegmentMath::exact_values(const SealedBlock& block, std::uint32_t head, int cls,
+                               const float* weights, std::size_t stride, std::size_t n_rows,
+                               float* out, SegmentScratch& scratch) const {
+  const BlockLayout& layout = *block.layout;
+  const std::uint32_t n = layout.class_tokens(Tensor::kValue, cls);
+  const std::uint32_t width = layout.group_channels(Tensor::kValue);
+  const float* class_weights = weights + layout.first_slot(Tensor::kValue, cls);
+  for (std::uint32_t group = 0; group < layout.n_groups(Tensor::kValue); ++group) {
+    multiply({at(block, layout.codes(Tensor::kValue, head, cls, group)), 16, width, n, width},
+             class_weights, stride, n_rows, scratch.product.data(), width, scratch);
+    for (std::size_t row = 0; row < n_rows; ++row) {
+      kernels_.axpby(out + row * value_dim_ + std::size_t{group} * width, width, 1.0f,
+                     scratch.product.data() + row * width, 1.0f);
+    }
+  }
+}
+
 void SegmentMath::value_class(const SealedBlock& block, std::uint32_t head, int cls,
                               const float* weights, std::size_t stride, std::size_t n_rows,
                               float* out, SegmentScratch& scratch) const {
@@ -167,6 +325,13 @@ void SegmentMath::value_class(const SealedBlock& block, std::uint32_t head, int 
     return;
   }
   const int bits = format.bits[static_cast<std::size_t>(cls)];
+  if (bits == format::kEvictedBits) {
+    return;  // their weights are 0
+  }
+  if (bits == format::kExactBits) {
+    exact_values(block, head, cls, weights, stride, n_rows, out, scratch);
+    return;
+  }
   const std::size_t inner = format::padded_inner(bits, n);
   const float* class_weights = weights + layout.first_slot(Tensor::kValue, cls);
   const bool channelwise = format.granularity == Granularity::kChannelwise;

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "base/aligned.h"
 #include "cache/layer_cache.h"
@@ -20,6 +21,8 @@ struct SegmentScratch {
   AlignedVector<float> token_min;    // [max tokens of a segment]
   AlignedVector<float> channel_a;    // [head_dim]
   AlignedVector<float> channel_b;    // [head_dim]
+  AlignedVector<float> reordered;    // [rows, head_dim]: queries or sums in stored channel order
+  std::vector<std::uint16_t> order;  // [head_dim]
   AlignedVector<std::byte> kernel;   // kernels::Scratch
 
   void resize(std::size_t n_rows, std::size_t max_tokens, std::size_t max_dim);
@@ -50,9 +53,27 @@ class SegmentMath {
                   SegmentScratch& scratch) const;
 
  private:
+  void block_logits(const SealedBlock& block, std::uint32_t head, const float* q,
+                    std::size_t n_rows, float* logits, std::size_t stride,
+                    SegmentScratch& scratch) const;
+  void block_accumulate(const SealedBlock& block, std::uint32_t head, const float* weights,
+                        std::size_t stride, std::size_t n_rows, float* out,
+                        SegmentScratch& scratch) const;
   void key_class(const SealedBlock& block, std::uint32_t head, int cls, const float* q,
                  std::size_t n_rows, float* logits, std::size_t stride,
                  SegmentScratch& scratch) const;
+  void key_channels(const SealedBlock& block, std::uint32_t head, int cls, std::uint32_t group,
+                    const float* q, std::size_t n_rows, float* logits, std::size_t stride,
+                    SegmentScratch& scratch) const;
+  void exact_values(const SealedBlock& block, std::uint32_t head, int cls, const float* weights,
+                    std::size_t stride, std::size_t n_rows, float* out,
+                    SegmentScratch& scratch) const;
+  void key_corrections(const SealedBlock& block, std::uint32_t head, const float* q,
+                       std::size_t n_rows, float* logits, std::size_t stride,
+                       SegmentScratch& scratch) const;
+  void value_corrections(const SealedBlock& block, std::uint32_t head, const float* weights,
+                         std::size_t stride, std::size_t n_rows, float* out,
+                         SegmentScratch& scratch) const;
   void value_class(const SealedBlock& block, std::uint32_t head, int cls, const float* weights,
                    std::size_t stride, std::size_t n_rows, float* out,
                    SegmentScratch& scratch) const;

@@ -33,7 +33,8 @@ class TestEngine {
   struct Outcome {
     std::vector<float> out;  // [rows, heads, value_dim]
     std::vector<double> expected;
-    double largest_value = 0;  // of V: the scale of errors
+    std::vector<double> weights;  // [rows, heads, n_cells]
+    double largest_value = 0;     // of V: the scale of errors
   };
 
   TestEngine(const TestDims& dims, const std::map<std::string, std::string>& settings,
@@ -172,7 +173,9 @@ class TestEngine {
     c.visible = visible;
     c.scale = scale;
     Outcome outcome;
-    outcome.expected = ref::attention(c).out;
+    ref::AttentionResult result = ref::attention(c, /*with_weights=*/true);
+    outcome.expected = std::move(result.out);
+    outcome.weights = std::move(result.weights);
     for (const float v : values) {
       outcome.largest_value = std::max<double>(outcome.largest_value, std::abs(v));
     }

@@ -13,7 +13,20 @@ namespace {
 constexpr std::uint32_t kMaxHeadDim = 512;
 constexpr std::uint32_t kMaxTokens = 1u << 24;  // with kMaxHeads: no size overflows 64 bits
 constexpr std::uint32_t kMaxHeads = 1u << 12;
+constexpr std::uint32_t kMaxPlaces = 1u << 16;
 constexpr std::size_t kParamsAlignment = 16;
+
+// Bytes of one matrix of a class.
+std::size_t class_matrix_bytes(int bits, std::size_t lanes, std::size_t inner) {
+  switch (bits) {
+    case kEvictedBits:
+      return 0;
+    case kExactBits:
+      return round_up(lanes * inner * sizeof(Half), kAlignmentBytes);
+    default:
+      return matrix_bytes(bits, lanes, inner);
+  }
+}
 
 bool is_multiple_of_16(std::uint32_t n) { return n > 0 && n % 16 == 0; }
 
@@ -21,16 +34,25 @@ bool is_valid_tensor(const TensorFormat& f, std::uint32_t head_dim, std::uint32_
   if (!is_multiple_of_16(head_dim) || head_dim > kMaxHeadDim) {
     return false;
   }
-  if (f.n_classes < 1 || f.n_classes > 2 || !is_code_width(f.bits[0])) {
+  if (f.n_classes < 1 || f.n_classes > 2 || !is_class_width(f.bits[0]) ||
+      f.bits[0] == kEvictedBits) {
     return false;
   }
-  if (f.n_classes == 2 && (!is_code_width(f.bits[1]) || f.class0_tokens > n_tokens)) {
+  if (f.n_classes == 2 && (!is_class_width(f.bits[1]) || f.class0_tokens > n_tokens)) {
     return false;
   }
   if (f.token_params != TokenParams::kHalf && f.token_params != TokenParams::kByte) {
     return false;
   }
-  if (f.class_factors && f.granularity != Granularity::kChannelSeparable) {
+  if ((f.class_factors || f.given_factors) && f.granularity != Granularity::kChannelSeparable) {
+    return false;
+  }
+  if (f.group_tokens % 16 != 0 ||
+      (f.group_tokens != 0 && f.granularity != Granularity::kChannelwise)) {
+    return false;
+  }
+  if (f.slot_shared &&
+      (!is_code_width(f.bits[0]) || (f.n_classes == 2 && !is_code_width(f.bits[1])))) {
     return false;
   }
   const bool one_group = f.group_channels == 0 || f.group_channels == head_dim;
@@ -48,13 +70,30 @@ bool is_valid_tensor(const TensorFormat& f, std::uint32_t head_dim, std::uint32_
   return false;  // a granularity that does not exist
 }
 
+// What only both tensors together can be.
+bool is_valid_pair(const BlockShape& s) {
+  const auto evicts = [](const TensorFormat& f) {
+    return f.n_classes == 2 && f.bits[1] == kEvictedBits;
+  };
+  if (evicts(s.key) != evicts(s.value) ||
+      (evicts(s.key) && s.key.class0_tokens != s.value.class0_tokens)) {
+    return false;
+  }
+  const bool corrected =
+      s.key.rank > 0 || s.key.outliers > 0 || s.value.rank > 0 || s.value.outliers > 0;
+  return s.value.group_tokens == 0 && s.key.outliers <= s.n_tokens &&
+         s.value.outliers <= s.value_dim &&
+         (!corrected ||
+          (s.key.n_classes == 1 && s.value.n_classes == 1 && s.n_tokens <= kMaxPlaces));
+}
+
 }  // namespace
 
 bool BlockLayout::is_valid(const BlockShape& shape) {
   return shape.n_tokens > 0 && shape.n_tokens <= kMaxTokens && shape.n_kv_heads > 0 &&
          shape.n_kv_heads <= kMaxHeads &&
          is_valid_tensor(shape.key, shape.key_dim, shape.n_tokens) &&
-         is_valid_tensor(shape.value, shape.value_dim, shape.n_tokens);
+         is_valid_tensor(shape.value, shape.value_dim, shape.n_tokens) && is_valid_pair(shape);
 }
 
 BlockLayout::BlockLayout(const BlockShape& shape) : shape_(shape) {
@@ -98,30 +137,55 @@ BlockLayout::TensorOffsets BlockLayout::place_in_head(Tensor t) {
     const std::size_t tokens = class_tokens(t, cls);
     const std::size_t channels = group_channels(t);
     o.class_codes[cls] = head_codes_size_;
-    o.group_codes_size[cls] = t == Tensor::kKey ? matrix_bytes(f.bits[cls], tokens, channels)
-                                                : matrix_bytes(f.bits[cls], channels, tokens);
+    o.group_codes_size[cls] = t == Tensor::kKey ? class_matrix_bytes(f.bits[cls], tokens, channels)
+                                                : class_matrix_bytes(f.bits[cls], channels, tokens);
     head_codes_size_ += n_groups(t) * o.group_codes_size[cls];
   }
 
   o.params = head_params_size_;
   if (f.granularity == Granularity::kChannelwise) {
-    head_params_size_ += f.n_classes * 2 * head_dim(t) * sizeof(Half);
-    return o;
+    for (int cls = 0; cls < f.n_classes; ++cls) {
+      o.class_params[cls] = head_params_size_;
+      head_params_size_ += n_token_groups(t, cls) * 2 * head_dim(t) * sizeof(Half);
+    }
+  } else {
+    place_token_params(t, &o);
+  }
+  place_corrections(t, &o);
+  o.params_size = head_params_size_ - o.params;
+  return o;
+}
+
+void BlockLayout::place_token_params(Tensor t, TensorOffsets* o) {
+  const TensorFormat& f = tensor(t);
+  if (param_slots(t) == 0) {
+    return;  // all tokens exact or evicted
   }
   if (f.granularity == Granularity::kChannelSeparable) {
     head_params_size_ += (f.class_factors ? f.n_classes : 1) * head_dim(t) * sizeof(Half);
   }
   const std::size_t one = f.token_params == TokenParams::kHalf ? sizeof(Half) : 1;
-  o.token_group_size = 2 * one * shape_.n_tokens;
+  o->token_group_size = 2 * one * param_slots(t);
   if (!f.slot_shared) {
-    o.token_params = head_params_size_;
-    head_params_size_ += n_groups(t) * o.token_group_size;
+    o->token_params = head_params_size_;
+    head_params_size_ += n_groups(t) * o->token_group_size;
   }
   if (f.token_params == TokenParams::kByte) {
-    o.base = head_params_size_;
+    o->base = head_params_size_;
     head_params_size_ += f.n_classes * sizeof(Half);
   }
-  return o;
+}
+
+void BlockLayout::place_corrections(Tensor t, TensorOffsets* o) {
+  const TensorFormat& f = tensor(t);
+  head_params_size_ = round_up(head_params_size_, sizeof(Half));  // after an odd number of bytes
+  o->order = head_params_size_;
+  head_params_size_ += f.reordered ? head_dim(t) * sizeof(std::uint16_t) : 0;
+  o->low_rank = head_params_size_;
+  head_params_size_ += f.rank * (std::size_t{shape_.n_tokens} + head_dim(t)) * sizeof(Half);
+  o->outliers = head_params_size_;
+  head_params_size_ +=
+      std::size_t{outlier_vectors(t)} * f.outliers * (sizeof(std::uint16_t) + sizeof(Half));
 }
 
 void BlockLayout::place_shared_params(Tensor t, TensorOffsets* offsets) {
@@ -151,6 +215,26 @@ std::uint32_t BlockLayout::group_channels(Tensor t) const {
 
 std::uint32_t BlockLayout::n_groups(Tensor t) const { return head_dim(t) / group_channels(t); }
 
+std::uint32_t BlockLayout::group_tokens(Tensor t, int cls) const {
+  const std::uint32_t group = tensor(t).group_tokens;
+  return group == 0 ? std::max(class_tokens(t, cls), 1u) : group;
+}
+
+// A class without tokens still has the parameters of one group, unless it never has any.
+std::uint32_t BlockLayout::n_token_groups(Tensor t, int cls) const {
+  const std::uint32_t group = group_tokens(t, cls);
+  return has_codes(t, cls) ? std::max((class_tokens(t, cls) + group - 1) / group, 1u) : 0;
+}
+
+std::uint32_t BlockLayout::first_param_slot(Tensor t) const {
+  return has_codes(t, 0) ? 0 : first_slot(t, 1);
+}
+
+std::uint32_t BlockLayout::param_slots(Tensor t) const {
+  const bool second = tensor(t).n_classes == 2 && has_codes(t, 1);
+  return (has_codes(t, 0) ? class_tokens(t, 0) : 0) + (second ? class_tokens(t, 1) : 0);
+}
+
 std::size_t BlockLayout::codes(Tensor t, std::uint32_t head, int cls, std::uint32_t group) const {
   const TensorOffsets& o = offsets(t);
   return head * head_codes_size_ + o.class_codes[cls] + group * o.group_codes_size[cls];
@@ -160,10 +244,15 @@ std::size_t BlockLayout::codes_size(Tensor t, int cls) const {
   return offsets(t).group_codes_size[cls];
 }
 
-std::size_t BlockLayout::channel_scale_min(Tensor t, std::uint32_t head, int cls) const {
+std::size_t BlockLayout::params(Tensor t, std::uint32_t head) const {
+  return params_begin_ + head * head_params_size_ + offsets(t).params;
+}
+
+std::size_t BlockLayout::channel_scale_min(Tensor t, std::uint32_t head, int cls,
+                                           std::uint32_t token_group) const {
   ZC_CHECK(tensor(t).granularity == Granularity::kChannelwise);
-  return params_begin_ + head * head_params_size_ + offsets(t).params +
-         cls * 2 * head_dim(t) * sizeof(Half);
+  return params_begin_ + head * head_params_size_ + offsets(t).class_params[cls] +
+         std::size_t{token_group} * 2 * head_dim(t) * sizeof(Half);
 }
 
 std::size_t BlockLayout::channel_factor(Tensor t, std::uint32_t head, int cls) const {
@@ -185,6 +274,19 @@ std::size_t BlockLayout::token_scale_min(Tensor t, std::uint32_t head, std::uint
 std::size_t BlockLayout::token_base(Tensor t, std::uint32_t head) const {
   ZC_CHECK(tensor(t).token_params == TokenParams::kByte);
   return params_begin_ + head * head_params_size_ + offsets(t).base;
+}
+
+std::size_t BlockLayout::channel_order(Tensor t, std::uint32_t head) const {
+  ZC_CHECK(tensor(t).reordered);
+  return params_begin_ + head * head_params_size_ + offsets(t).order;
+}
+
+std::size_t BlockLayout::low_rank(Tensor t, std::uint32_t head) const {
+  return params_begin_ + head * head_params_size_ + offsets(t).low_rank;
+}
+
+std::size_t BlockLayout::outliers(Tensor t, std::uint32_t head) const {
+  return params_begin_ + head * head_params_size_ + offsets(t).outliers;
 }
 
 std::uint32_t BlockLayout::tier_tokens(std::uint32_t tier) const {

@@ -10,12 +10,16 @@
 //   channelwise        scale[class][c] * q + min[class][c]
 //   tokenwise          scale[t][g] * q + min[t][g]              g = channel group of c
 //   channel_separable  channel[c] * (scale[t][g] * q + min[t][g])
+// plus, where the tensor has them, a low-rank term and outliers. A class of width 16 holds fp16
+// values instead of codes; one of width 0 holds nothing: its tokens are evicted, that is, read as
+// zeros and visible to no query.
 //
 // Sections, each 64-byte aligned and in this order; gaps hold zeros:
 //   for each head: K codes (class 0, class 1; per class one matrix per channel group, lanes =
 //                  tokens, inner = channels of the group), V codes (lanes = channels of the group,
 //                  inner = tokens of the class)
-//   for each head (16-byte aligned): K parameters, V parameters
+//   for each head (16-byte aligned): K parameters, V parameters; a tensor's end with its channel
+//                  order, low-rank factors and outliers
 //   K and V token parameters shared over heads (slot_shared), if any; each 16-byte aligned
 //   for each head: tier planes, 1 bit per token and plane (plane p = bit p of the tier; token t is
 //                  bit t % 8 of byte t / 8; planes are padded to 8 bytes)
@@ -39,6 +43,12 @@ enum class Granularity : std::uint8_t { kChannelwise, kTokenwise, kChannelSepara
 //          min = -scale * z * (2^bits - 1) / 255; so the range always includes 0.
 enum class TokenParams : std::uint8_t { kHalf, kByte };
 
+inline constexpr std::uint8_t kExactBits = 16;
+inline constexpr std::uint8_t kEvictedBits = 0;
+constexpr bool is_class_width(int bits) {
+  return is_code_width(bits) || bits == kExactBits || bits == kEvictedBits;
+}
+
 struct TensorFormat {
   Granularity granularity = Granularity::kChannelwise;
   TokenParams token_params = TokenParams::kHalf;
@@ -48,6 +58,12 @@ struct TensorFormat {
   std::uint8_t n_classes = 1;
   std::array<std::uint8_t, 2> bits{4, 2};
   std::uint32_t class0_tokens = 0;  // n_classes == 2: tokens of class 0 (0..n_tokens)
+
+  std::uint16_t group_tokens = 0;  // channelwise K: slots that share a (scale, min); 0 = the class
+  bool given_factors = false;      // channel factors came from outside, not from these tokens
+  bool reordered = false;          // channels stand in a stored order; groups follow that order
+  std::uint8_t rank = 0;           // of the low-rank term; 0 = none
+  std::uint16_t outliers = 0;      // per channel (K) or token (V), each with its place; 0 = none
 
   bool operator==(const TensorFormat&) const = default;
 };
@@ -72,6 +88,9 @@ class BlockLayout {
   // Head dims are multiples of 16 up to 512; group_channels divides head_dim and is a multiple of
   // 16 (or 0; channelwise: 0 or head_dim); slot_shared needs kHalf, one group and token parameters;
   // kByte needs token parameters; an unused class's width and class0_tokens don't matter.
+  // group_tokens is for channelwise K and a multiple of 16. Width 0 is for class 1 of both tensors,
+  // with the same class 0. rank and outliers need one class in both tensors and at most 65536
+  // tokens; outliers at most n_tokens (K) or head_dim (V).
   static bool is_valid(const BlockShape& shape);
   explicit BlockLayout(const BlockShape& shape);
 
@@ -93,20 +112,43 @@ class BlockLayout {
   std::uint32_t first_slot(Tensor t, int cls) const;
   std::uint32_t n_groups(Tensor t) const;  // channel groups per head (1 for channelwise)
   std::uint32_t group_channels(Tensor t) const;
+  std::uint32_t n_token_groups(Tensor t, int cls) const;  // channelwise; 1 unless group_tokens
+  std::uint32_t group_tokens(Tensor t, int cls) const;    // of all but the last such group
+
+  // Whether a class has codes (and scales), as opposed to fp16 values or nothing.
+  bool has_codes(Tensor t, int cls) const { return is_code_width(tensor(t).bits[cls]); }
+  bool evicts() const { return shape_.key.n_classes == 2 && shape_.key.bits[1] == kEvictedBits; }
 
   // Byte offsets from the start of the block.
   std::size_t codes(Tensor t, std::uint32_t head, int cls, std::uint32_t group) const;
   std::size_t codes_size(Tensor t, int cls) const;  // bytes of one such matrix
+  // All parameters of a tensor in a head but those shared over the heads.
+  std::size_t params(Tensor t, std::uint32_t head) const;
+  std::size_t params_size(Tensor t) const { return offsets(t).params_size; }
   // Channelwise: fp16 scale[head_dim] directly followed by fp16 min[head_dim].
-  std::size_t channel_scale_min(Tensor t, std::uint32_t head, int cls) const;
+  std::size_t channel_scale_min(Tensor t, std::uint32_t head, int cls,
+                                std::uint32_t token_group = 0) const;
   // Channel_separable: fp16 channel[head_dim] of the class; one for all classes unless
   // class_factors is set.
   std::size_t channel_factor(Tensor t, std::uint32_t head, int cls) const;
-  // kHalf: fp16 scale[n_tokens] directly followed by fp16 min[n_tokens], in slot order (all
-  // classes); kByte: u8 e[n_tokens] directly followed by u8 z[n_tokens].
+  // kHalf: fp16 scale[n] directly followed by fp16 min[n], in slot order; kByte: u8 e[n] directly
+  // followed by u8 z[n]. n = param_slots(t), beginning with slot first_param_slot(t): the slots of
+  // classes with codes.
   std::size_t token_scale_min(Tensor t, std::uint32_t head, std::uint32_t group) const;
+  std::uint32_t first_param_slot(Tensor t) const;
+  std::uint32_t param_slots(Tensor t) const;
   // kByte: fp16 base[n_classes] of the head.
   std::size_t token_base(Tensor t, std::uint32_t head) const;
+  // Reordered: u16 order[head_dim]; stored channel p is channel order[p].
+  std::size_t channel_order(Tensor t, std::uint32_t head) const;
+  // fp16 token[rank][n_tokens], then fp16 channel[rank][head_dim]: the term is their product.
+  std::size_t low_rank(Tensor t, std::uint32_t head) const;
+  // n vectors (channels of K, tokens of V) of tensor(t).outliers each: u16 place[n][outliers] (a
+  // token of K, a channel of V), then fp16 value[n][outliers], added to the element.
+  std::size_t outliers(Tensor t, std::uint32_t head) const;
+  std::uint32_t outlier_vectors(Tensor t) const {
+    return t == Tensor::kKey ? shape_.key_dim : shape_.n_tokens;
+  }
 
   // Tiers: 1 (no planes), 2 or 3: the slots between the class borders of K and V. A border at 0 or
   // at n_tokens parts nothing and makes no tier.
@@ -120,13 +162,20 @@ class BlockLayout {
   struct TensorOffsets {
     std::array<std::size_t, 2> class_codes{};
     std::array<std::size_t, 2> group_codes_size{};
-    std::size_t params = 0;        // channel parameters
+    std::size_t params = 0;  // channel parameters
+    std::size_t params_size = 0;
+    std::array<std::size_t, 2> class_params{};
     std::size_t token_params = 0;  // from the block start if slot_shared
     std::size_t token_group_size = 0;
     std::size_t base = 0;
+    std::size_t order = 0;
+    std::size_t low_rank = 0;
+    std::size_t outliers = 0;
   };
   const TensorOffsets& offsets(Tensor t) const { return t == Tensor::kKey ? key_ : value_; }
   TensorOffsets place_in_head(Tensor t);
+  void place_token_params(Tensor t, TensorOffsets* offsets);
+  void place_corrections(Tensor t, TensorOffsets* offsets);
   void place_shared_params(Tensor t, TensorOffsets* offsets);
   void find_tiers();
 
@@ -167,8 +216,18 @@ void write_tiers(const BlockLayout& layout, std::byte* block, std::uint32_t head
 void slot_order(const BlockLayout& layout, const std::byte* block, std::uint32_t head,
                 std::uint32_t* order);
 
+// Channels of a head in stored order; 0, 1, 2, ... unless the tensor is reordered. `order` is
+// head_dim long.
+void channel_order(const BlockLayout& layout, const std::byte* block, Tensor t, std::uint32_t head,
+                   std::uint16_t* order);
+
+// Copies a tensor's codes and parameters of a head. REQUIRES: both layouts have the same format for
+// it, the same tokens, heads and dims.
+void copy_tensor(const BlockLayout& from, const std::byte* block, const BlockLayout& to,
+                 std::byte* out, Tensor t, std::uint32_t head);
+
 // Whether a block from outside (a snapshot) can be used safely: every head has the layout's tier
-// counts, and every fp16 parameter is finite.
+// counts, every fp16 parameter is finite, and every stored place exists.
 bool is_sound(const BlockLayout& layout, const std::byte* block);
 
 }  // namespace zipcache::format

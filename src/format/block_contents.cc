@@ -4,6 +4,7 @@
 #include <array>
 #include <bit>
 #include <cstring>
+#include <numeric>
 #include <vector>
 
 #include "base/check.h"
@@ -46,24 +47,69 @@ bool all_finite(const std::byte* halves, std::size_t n) {
   return true;
 }
 
-bool has_finite_params(const BlockLayout& layout, const std::byte* block, Tensor t,
+bool has_finite_scales(const BlockLayout& layout, const std::byte* block, Tensor t,
                        std::uint32_t head) {
   const TensorFormat& f = layout.tensor(t);
   const std::size_t n_channels = layout.head_dim(t);
+  bool finite = true;
   if (f.granularity == Granularity::kChannelwise) {
-    return all_finite(block + layout.channel_scale_min(t, head, 0), f.n_classes * 2 * n_channels);
+    for (int cls = 0; cls < f.n_classes; ++cls) {
+      finite = finite && all_finite(block + layout.channel_scale_min(t, head, cls),
+                                    layout.n_token_groups(t, cls) * 2 * n_channels);
+    }
+    return finite;
   }
-  bool finite = f.granularity != Granularity::kChannelSeparable ||
-                all_finite(block + layout.channel_factor(t, head, 0),
-                           (f.class_factors ? f.n_classes : 1) * n_channels);
+  if (layout.param_slots(t) == 0) {
+    return true;
+  }
+  if (f.granularity == Granularity::kChannelSeparable) {
+    finite = all_finite(block + layout.channel_factor(t, head, 0),
+                        (f.class_factors ? f.n_classes : 1) * n_channels);
+  }
   if (f.token_params == TokenParams::kByte) {
     return finite && all_finite(block + layout.token_base(t, head), f.n_classes);
   }
   for (std::uint32_t group = 0; group < layout.n_groups(t); ++group) {
     finite = finite && all_finite(block + layout.token_scale_min(t, head, group),
-                                  std::size_t{2} * layout.shape().n_tokens);
+                                  std::size_t{2} * layout.param_slots(t));
   }
   return finite;
+}
+
+bool all_below(const std::byte* places, std::size_t n, std::uint32_t limit) {
+  for (std::size_t i = 0; i < n; ++i) {
+    std::uint16_t place;
+    std::memcpy(&place, places + i * sizeof place, sizeof place);
+    if (place >= limit) {
+      return false;
+    }
+  }
+  return true;
+}
+
+bool has_sound_corrections(const BlockLayout& layout, const std::byte* block, Tensor t,
+                           std::uint32_t head) {
+  const TensorFormat& f = layout.tensor(t);
+  const std::uint32_t n_tokens = layout.shape().n_tokens;
+  if (f.reordered) {
+    std::vector<std::uint16_t> order(layout.head_dim(t)), sorted(order.size());
+    channel_order(layout, block, t, head, order.data());
+    std::iota(sorted.begin(), sorted.end(), std::uint16_t{0});
+    if (!std::is_permutation(order.begin(), order.end(), sorted.begin())) {
+      return false;
+    }
+  }
+  const std::size_t n = std::size_t{layout.outlier_vectors(t)} * f.outliers;
+  const std::byte* places = block + layout.outliers(t, head);
+  return all_finite(block + layout.low_rank(t, head),
+                    f.rank * (std::size_t{n_tokens} + layout.head_dim(t))) &&
+         all_below(places, n, t == Tensor::kKey ? n_tokens : layout.head_dim(t)) &&
+         all_finite(places + n * sizeof(std::uint16_t), n);
+}
+
+bool is_sound_tensor(const BlockLayout& layout, const std::byte* block, Tensor t,
+                     std::uint32_t head) {
+  return has_finite_scales(layout, block, t, head) && has_sound_corrections(layout, block, t, head);
 }
 
 }  // namespace
@@ -145,13 +191,33 @@ void slot_order(const BlockLayout& layout, const std::byte* block, std::uint32_t
   }
 }
 
+void copy_tensor(const BlockLayout& from, const std::byte* block, const BlockLayout& to,
+                 std::byte* out, Tensor t, std::uint32_t head) {
+  ZC_CHECK(from.tensor(t) == to.tensor(t) && !from.tensor(t).slot_shared);
+  ZC_CHECK(from.params_size(t) == to.params_size(t));
+  for (int cls = 0; cls < from.tensor(t).n_classes; ++cls) {
+    std::memcpy(out + to.codes(t, head, cls, 0), block + from.codes(t, head, cls, 0),
+                from.n_groups(t) * from.codes_size(t, cls));
+  }
+  std::memcpy(out + to.params(t, head), block + from.params(t, head), from.params_size(t));
+}
+
+void channel_order(const BlockLayout& layout, const std::byte* block, Tensor t, std::uint32_t head,
+                   std::uint16_t* order) {
+  if (layout.tensor(t).reordered) {
+    std::memcpy(order, block + layout.channel_order(t, head),
+                layout.head_dim(t) * sizeof(std::uint16_t));
+  } else {
+    std::iota(order, order + layout.head_dim(t), std::uint16_t{0});
+  }
+}
+
 bool is_sound(const BlockLayout& layout, const std::byte* block) {
   std::vector<std::uint8_t> tiers(layout.shape().n_tokens);
   for (std::uint32_t head = 0; head < layout.shape().n_kv_heads; ++head) {
     read_tiers(layout, block, head, tiers.data());
-    if (!has_layouts_counts(layout, tiers) ||
-        !has_finite_params(layout, block, Tensor::kKey, head) ||
-        !has_finite_params(layout, block, Tensor::kValue, head)) {
+    if (!has_layouts_counts(layout, tiers) || !is_sound_tensor(layout, block, Tensor::kKey, head) ||
+        !is_sound_tensor(layout, block, Tensor::kValue, head)) {
       return false;
     }
   }

@@ -20,13 +20,13 @@ void load_halves(const std::byte* halves, std::size_t n, float* out) {
 void load_token_params(const BlockLayout& layout, const std::byte* block, Tensor t,
                        std::uint32_t head, int cls, std::uint32_t group, float* scale, float* min) {
   const std::byte* stored = block + layout.token_scale_min(t, head, group);
-  const std::uint32_t n_tokens = layout.shape().n_tokens;
-  const std::uint32_t first = layout.first_slot(t, cls);
+  const std::uint32_t n_slots = layout.param_slots(t);
+  const std::uint32_t first = layout.first_slot(t, cls) - layout.first_param_slot(t);
   const std::uint32_t n = layout.class_tokens(t, cls);
   const TensorFormat& format = layout.tensor(t);
   if (format.token_params == TokenParams::kHalf) {
     load_halves(stored + first * sizeof(Half), n, scale);
-    load_halves(stored + (n_tokens + first) * sizeof(Half), n, min);
+    load_halves(stored + (n_slots + first) * sizeof(Half), n, min);
     return;
   }
   float base;
@@ -34,7 +34,7 @@ void load_token_params(const BlockLayout& layout, const std::byte* block, Tensor
               &base);
   byte_params(base, format.bits[static_cast<std::size_t>(cls)],
               reinterpret_cast<const std::uint8_t*>(stored) + first,
-              reinterpret_cast<const std::uint8_t*>(stored) + n_tokens + first, n, scale, min);
+              reinterpret_cast<const std::uint8_t*>(stored) + n_slots + first, n, scale, min);
 }
 
 }  // namespace zipcache::format

@@ -14,6 +14,11 @@ namespace {
 using Counts = std::array<std::uint32_t, 3>;
 constexpr std::array kTensors{Tensor::kKey, Tensor::kValue};
 
+bool can_be_taken_apart(const TensorFormat& f) {
+  return !f.slot_shared && f.group_tokens == 0 && f.rank == 0 && f.outliers == 0 && !f.reordered &&
+         is_code_width(f.bits[0]) && (f.n_classes == 1 || is_code_width(f.bits[1]));
+}
+
 // Of each tier, the tokens that a head keeps; the most over all heads.
 Counts tier_sizes(const BlockLayout& layout, const std::byte* block,
                   const std::vector<bool>& kept) {
@@ -148,7 +153,7 @@ std::optional<BlockShape> subset_shape(const BlockLayout& layout, const std::byt
   BlockShape shape = layout.shape();
   ZC_CHECK(kept.size() == shape.n_tokens);
   ZC_CHECK(std::find(kept.begin(), kept.end(), true) != kept.end());
-  if (shape.key.slot_shared || shape.value.slot_shared) {
+  if (!can_be_taken_apart(shape.key) || !can_be_taken_apart(shape.value)) {
     return std::nullopt;
   }
   const Counts sizes = tier_sizes(layout, block, kept);

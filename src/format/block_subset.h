@@ -16,9 +16,11 @@
 
 namespace zipcache::format {
 
-// The shape of the smaller block; nothing when that is no smaller, or when slots are shared over
-// heads (TensorFormat::slot_shared), whose parameters can't be taken apart.
-// REQUIRES: kept[token] for each of the block's tokens, at least one of them true.
+// The shape of the smaller block; nothing when that is no smaller, or when a tensor has parts that
+// are not one token's own: slots shared over heads, token groups, a low-rank term, outliers. (Nor
+// are stored orders of channels and classes without codes copied: the policies that use them are
+// there to compare with.) REQUIRES: kept[token] for each of the block's tokens, at least one of
+// them true.
 std::optional<BlockShape> subset_shape(const BlockLayout& layout, const std::byte* block,
                                        const std::vector<bool>& kept);
 

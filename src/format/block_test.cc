@@ -16,16 +16,17 @@ namespace zipcache::format {
 namespace {
 
 TensorFormat random_format(Philox& random, std::uint32_t head_dim, std::uint32_t n_tokens) {
-  static constexpr std::array<std::uint8_t, 4> kWidths{2, 3, 4, 8};
+  static constexpr std::array<std::uint8_t, 5> kWidths{2, 3, 4, 8, kExactBits};
   TensorFormat f;
   f.granularity = static_cast<Granularity>(random.below(3));
   f.n_classes = static_cast<std::uint8_t>(1 + random.below(2));
-  f.bits = {kWidths[random.below(4)], kWidths[random.below(4)]};
+  f.bits = {kWidths[random.below(5)], kWidths[random.below(5)]};
   f.class_factors = f.granularity == Granularity::kChannelSeparable && random.below(2) == 0;
   f.class0_tokens = random.below(3) == 0 ? n_tokens * random.below(2) : random.below(n_tokens + 1);
   if (f.granularity != Granularity::kChannelwise) {
     f.token_params = static_cast<TokenParams>(random.below(2));
-    f.slot_shared = f.token_params == TokenParams::kHalf && random.below(2) == 0;
+    f.slot_shared = f.token_params == TokenParams::kHalf && f.bits[0] != kExactBits &&
+                    f.bits[1] != kExactBits && random.below(2) == 0;
     const std::uint32_t group = 16 * (1 + random.below(head_dim / 16));
     f.group_channels =
         static_cast<std::uint16_t>(!f.slot_shared && head_dim % group == 0 ? group : 0);
@@ -41,7 +42,31 @@ BlockShape random_shape(Philox& random) {
   s.value_dim = 16 * (1 + random.below(8));
   s.key = random_format(random, s.key_dim, s.n_tokens);
   s.value = random_format(random, s.value_dim, s.n_tokens);
+  if (s.key.granularity == Granularity::kChannelwise && random.below(2) == 0) {
+    s.key.group_tokens = static_cast<std::uint16_t>(16 * (1 + random.below(4)));
+  }
+  for (TensorFormat* f : {&s.key, &s.value}) {
+    f->given_factors = f->granularity == Granularity::kChannelSeparable && random.below(2) == 0;
+    f->reordered = random.below(3) == 0;
+  }
+  if (random.below(4) == 0) {  // evicts
+    s.key.n_classes = s.value.n_classes = 2;
+    s.key.slot_shared = s.value.slot_shared = false;
+    s.key.bits[1] = s.value.bits[1] = kEvictedBits;
+    s.value.class0_tokens = s.key.class0_tokens;
+  } else if (s.key.n_classes == 1 && s.value.n_classes == 1) {
+    s.key.rank = static_cast<std::uint8_t>(random.below(4));
+    s.value.rank = static_cast<std::uint8_t>(random.below(4));
+    s.key.outliers = static_cast<std::uint16_t>(random.below(std::min(s.n_tokens, 6u) + 1));
+    s.value.outliers = static_cast<std::uint16_t>(random.below(6));
+  }
   return s;
+}
+
+std::size_t expected_matrix_bytes(int bits, std::size_t lanes, std::size_t inner) {
+  return bits == kEvictedBits ? 0
+         : bits == kExactBits ? (lanes * inner * 2 + 63) / 64 * 64
+                              : matrix_bytes(bits, lanes, inner);
 }
 
 // Sections by first byte. Those shared over heads appear once.
@@ -63,8 +88,9 @@ Sections code_sections(const BlockLayout& l) {
           EXPECT_EQ(l.codes(t, head, cls, group) % 64, 0u);
           const std::size_t tokens = l.class_tokens(t, cls), channels = l.group_channels(t);
           const int bits = l.tensor(t).bits[cls];
-          EXPECT_EQ(l.codes_size(t, cls), t == Tensor::kKey ? matrix_bytes(bits, tokens, channels)
-                                                            : matrix_bytes(bits, channels, tokens));
+          EXPECT_EQ(l.codes_size(t, cls), t == Tensor::kKey
+                                              ? expected_matrix_bytes(bits, tokens, channels)
+                                              : expected_matrix_bytes(bits, channels, tokens));
           add(&s, l.codes(t, head, cls, group), l.codes_size(t, cls));
         }
       }
@@ -75,14 +101,26 @@ Sections code_sections(const BlockLayout& l) {
 
 Sections param_sections(const BlockLayout& l) {
   Sections s;
-  const std::size_t n = l.shape().n_tokens;
   for (const Tensor t : {Tensor::kKey, Tensor::kValue}) {
     const TensorFormat& f = l.tensor(t);
+    const std::size_t n = l.param_slots(t);
     for (std::uint32_t head = 0; head < l.shape().n_kv_heads; ++head) {
+      if (f.reordered) {
+        add(&s, l.channel_order(t, head), 2 * l.head_dim(t));
+      }
+      add(&s, l.low_rank(t, head), 2 * f.rank * (l.shape().n_tokens + l.head_dim(t)));
+      add(&s, l.outliers(t, head), std::size_t{4} * l.outlier_vectors(t) * f.outliers);
       if (f.granularity == Granularity::kChannelwise) {
         for (int cls = 0; cls < f.n_classes; ++cls) {
-          add(&s, l.channel_scale_min(t, head, cls), 4 * l.head_dim(t));
+          const std::uint32_t groups = l.n_token_groups(t, cls);
+          EXPECT_EQ(groups > 0, is_code_width(f.bits[cls]));
+          for (std::uint32_t group = 0; group < groups; ++group) {
+            add(&s, l.channel_scale_min(t, head, cls, group), 4 * l.head_dim(t));
+          }
         }
+        continue;
+      }
+      if (n == 0) {
         continue;
       }
       if (f.granularity == Granularity::kChannelSeparable) {
@@ -227,6 +265,20 @@ TEST(BlockLayout, RefusesShapesThatAreNotValid) {
   expect_invalid("shared bytes", [](auto& s) {
     s.value.slot_shared = true, s.value.token_params = TokenParams::kByte;
   });
+  expect_invalid("token groups of 8", [](auto& s) { s.key.group_tokens = 8; });
+  expect_invalid("token groups of V", [](auto& s) { s.value.group_tokens = 32; });
+  expect_invalid("given channelwise factors", [](auto& s) { s.key.given_factors = true; });
+  expect_invalid("nothing kept", [](auto& s) { s.key.bits[0] = 0; });
+  expect_invalid("evicted keys alone", [](auto& s) { s.key.n_classes = 2, s.key.bits[1] = 0; });
+  expect_invalid("evicted apart", [](auto& s) {
+    s.key.n_classes = s.value.n_classes = 2;
+    s.key.bits[1] = s.value.bits[1] = 0;
+    s.key.class0_tokens = 3;
+  });
+  expect_invalid("shared and exact",
+                 [](auto& s) { s.value.slot_shared = true, s.value.bits[0] = kExactBits; });
+  expect_invalid("rank and classes", [](auto& s) { s.key.rank = 2, s.value.n_classes = 2; });
+  expect_invalid("outliers", [](auto& s) { s.key.outliers = 9; });
   expect_invalid("granularity", [](auto& s) { s.key.granularity = static_cast<Granularity>(3); });
   expect_invalid("params", [](auto& s) { s.value.token_params = static_cast<TokenParams>(2); });
 
@@ -368,6 +420,20 @@ TEST(Soundness, FindsForeignTiersAndParameters) {
   EXPECT_TRUE(is_sound(l, any_byte.data()));
   block[l.tier_plane(1, 0)] ^= std::byte{1};
   EXPECT_FALSE(is_sound(l, block.data()));
+  {
+    BlockShape places{20, 1, 16, 16, {}, {}};
+    places.value.reordered = true;
+    places.key.outliers = 2;
+    const BlockLayout p(places);
+    std::vector<std::byte> bytes(p.total_bytes());
+    EXPECT_FALSE(is_sound(p, bytes.data())) << "all channels in place 0";
+    for (std::size_t c = 0; c < 16; ++c) {
+      bytes[p.channel_order(Tensor::kValue, 0) + 2 * c] = std::byte(15 - c);
+    }
+    EXPECT_TRUE(is_sound(p, bytes.data()));
+    bytes[p.outliers(Tensor::kKey, 0) + 2] = std::byte{20};
+    EXPECT_FALSE(is_sound(p, bytes.data())) << "there is no token 20";
+  }
   std::vector<std::uint32_t> order(20);
   EXPECT_THROW(slot_order(l, block.data(), 1, order.data()), ContractViolation);
 }

@@ -19,7 +19,7 @@ class KvStoreTest : public ::testing::Test {
  protected:
   KvStoreTest() {
     policy::Policy fp16;
-    fp16.kind = policy::Kind::kFp16;
+    fp16.keeps_exact = true;
     policy_ = std::make_shared<const policy::Policy>(fp16);
     store_ = make_store();
   }

@@ -68,7 +68,7 @@ TEST(Lines, NameAndValue) {
 TEST(MakeSettings, Defaults) {
   const auto settings = make_settings({});
   ASSERT_TRUE(settings);
-  EXPECT_EQ(settings->policy->kind, policy::Kind::kZipcache);
+  EXPECT_EQ(settings->policy->name, "zipcache");
   EXPECT_EQ(settings->budget->limit(), SIZE_MAX);
   EXPECT_EQ(settings->report, "stderr");
 }
@@ -77,7 +77,7 @@ TEST(MakeSettings, Values) {
   const auto settings = make_settings(
       {{"policy", "fp16"}, {"limit-mib", "3"}, {"report", "0"}, {"force-isa", "avx2"}});
   ASSERT_TRUE(settings);
-  EXPECT_EQ(settings->policy->kind, policy::Kind::kFp16);
+  EXPECT_EQ(settings->policy->name, "fp16");
   EXPECT_EQ(settings->budget->limit(), std::size_t{3} << 20);
   EXPECT_EQ(settings->report, "0");
   EXPECT_EQ(settings->force_isa, "avx2");
@@ -109,6 +109,24 @@ TEST(Docs, SettingsTable) {
     for (const policy::SettingHelp& help : *settings) {
       table += "| `" + variable_name(help.name) + "` | " + help.values + " | " + help.help + " |\n";
     }
+  }
+  EXPECT_NE(page.str().find(table), std::string::npos) << "expected:\n" << table;
+}
+
+TEST(Docs, PoliciesTable) {
+  std::ifstream file(ZIPCACHE_DOCS_PAGE);
+  ASSERT_TRUE(file) << ZIPCACHE_DOCS_PAGE;
+  std::stringstream page;
+  page << file.rdbuf();
+  std::string table =
+      "| policy | what it does | its settings and their defaults |\n|---|---|---|\n";
+  for (const policy::PolicyHelp& help : policy::policy_help()) {
+    std::string defaults;
+    for (const auto& [name, text] : help.defaults) {
+      defaults += (defaults.empty() ? "`" : " ") + name + "=" + text;
+    }
+    defaults += defaults.empty() ? "none" : "`";
+    table += "| `" + help.name + "` | " + help.summary + " | " + defaults + " |\n";
   }
   EXPECT_NE(page.str().find(table), std::string::npos) << "expected:\n" << table;
 }

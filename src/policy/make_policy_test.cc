@@ -1,7 +1,9 @@
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <set>
 
+#include "policy/method.h"
 #include "policy/policy.h"
 
 namespace zipcache::policy {
@@ -35,8 +37,8 @@ std::string error_of(const Settings& settings) {
 
 TEST(MakePolicy, DefaultMode) {
   const Policy policy = policy_of({});
-  EXPECT_EQ(policy.kind, Kind::kZipcache);
-  EXPECT_EQ(policy.mode, Mode::kDefault);
+  EXPECT_EQ(policy.name, "zipcache");
+  EXPECT_EQ(policy.settings.at("mode"), "default");
   EXPECT_TRUE(policy.seals());
 
   EXPECT_EQ(policy.key.granularity, Granularity::kChannelwise);
@@ -71,12 +73,14 @@ TEST(MakePolicy, DefaultMode) {
 }
 
 TEST(MakePolicy, PublishedModes) {
-  for (const Mode mode : {Mode::kPaper, Mode::kOfficial}) {
-    const bool paper = mode == Mode::kPaper;
-    const Policy policy = policy_of({{"mode", paper ? "paper" : "official"}});
+  for (const char* mode : {"paper", "official"}) {
+    const bool paper = mode == std::string("paper");
+    const Policy policy = policy_of({{"mode", mode}});
     SCOPED_TRACE(describe(policy));
-    EXPECT_EQ(policy.kind, Kind::kZipcache);
-    EXPECT_EQ(policy.mode, mode);
+    EXPECT_EQ(policy.name, "zipcache");
+    EXPECT_EQ(policy.settings.at("mode"), mode);
+    EXPECT_TRUE(policy.seal_chunks);
+    EXPECT_EQ(policy.min_ranked_tokens, 20u);
     for (const TensorPolicy* tensor : {&policy.key, &policy.value}) {
       EXPECT_EQ(tensor->token_params, TokenParams::kHalf);
       EXPECT_EQ(tensor->n_classes, 2);
@@ -104,8 +108,7 @@ TEST(MakePolicy, PublishedModes) {
 
 TEST(MakePolicy, Uniform) {
   const Policy policy = policy_of({{"policy", "uniform"}});
-  EXPECT_EQ(policy.kind, Kind::kUniform);
-  EXPECT_EQ(policy.mode, Mode::kDefault);
+  EXPECT_EQ(policy.name, "uniform");
   for (const TensorPolicy* tensor : {&policy.key, &policy.value}) {
     EXPECT_EQ(tensor->token_params, TokenParams::kHalf);
     EXPECT_FALSE(tensor->slot_shared);
@@ -142,9 +145,33 @@ TEST(MakePolicy, UniformGranularities) {
   }
 }
 
+TEST(MakePolicy, Kivi) {
+  const Policy policy = policy_of({{"policy", "kivi"}});
+  EXPECT_EQ(policy.key.granularity, Granularity::kChannelwise);
+  EXPECT_EQ(policy.key.group_tokens, 32);
+  EXPECT_EQ(policy.value.granularity, Granularity::kTokenwise);
+  EXPECT_EQ(policy.value.group_channels, 32);
+  for (const TensorPolicy* tensor : {&policy.key, &policy.value}) {
+    EXPECT_EQ(tensor->bits[0], 2);
+    EXPECT_EQ(tensor->n_classes, 1);
+    EXPECT_EQ(tensor->token_params, TokenParams::kHalf);
+  }
+  EXPECT_EQ(policy.sink_tokens, 0u);
+  EXPECT_EQ(policy.hold_tokens, 0u);
+  EXPECT_EQ(policy.seal_tokens, 128u);
+  EXPECT_EQ(policy.seal_multiple, 128u);
+  EXPECT_EQ(policy.value_hold_tokens, 128u);
+  EXPECT_EQ(policy_of({{"policy", "kivi"}, {"residual", "0"}}).seal_tokens, 32u);
+  EXPECT_EQ(policy_of({{"policy", "kivi"}, {"group", "256"}}).value_hold_tokens, 256u);
+  EXPECT_EQ(error_of({{"policy", "kivi"}, {"residual", "100"}}),
+            "residual: found '100', accepted: 0 or 32..4096 in steps of 32");
+  EXPECT_EQ(error_of({{"policy", "kivi"}, {"key-bits", "4,2"}}),
+            "key-bits: found '4,2', accepted widths are 2, 3, 4, 8; one for all tokens");
+}
+
 TEST(MakePolicy, Fp16) {
   const Policy policy = policy_of({{"policy", "fp16"}});
-  EXPECT_EQ(policy.kind, Kind::kFp16);
+  EXPECT_EQ(policy.name, "fp16");
   EXPECT_FALSE(policy.seals());
   EXPECT_EQ(describe(policy), "fp16: every token exact");
 }
@@ -216,14 +243,15 @@ TEST(MakePolicyErrors, UnknownSettings) {
 }
 
 TEST(MakePolicyErrors, Choices) {
-  EXPECT_EQ(error_of({{"policy", "kivi"}}),
-            "policy: found 'kivi', accepted: fp16, uniform, zipcache");
+  EXPECT_EQ(error_of({{"policy", "lru"}}).find("policy: found 'lru', accepted: zipcache, fp16, "),
+            0u);
   EXPECT_EQ(error_of({{"mode", ""}}), "mode: found '', accepted: default, paper, official");
   EXPECT_EQ(error_of({{"metric", "Normalized"}}),
             "metric: found 'Normalized', accepted: normalized, accumulated, official, random, "
-            "locality");
-  EXPECT_EQ(error_of({{"probes", "some"}}),
-            "probes: found 'some', accepted: default, official, all, recent, random, last");
+            "locality, last-token, roco");
+  EXPECT_EQ(
+      error_of({{"probes", "some"}}),
+      "probes: found 'some', accepted: default, official, all, recent, random, last, special");
   EXPECT_EQ(error_of({{"value-params", "float"}}),
             "value-params: found 'float', accepted: byte, half");
   EXPECT_EQ(error_of({{"policy", "uniform"}, {"granularity", "cst"}}),
@@ -290,6 +318,28 @@ TEST(MakePolicyErrors, SettingsThatDoNotApply) {
             "'half'");
 }
 
+TEST(MakePolicy, MetricsBringTheirProbes) {
+  EXPECT_EQ(policy_of({{"metric", "last-token"}}).probes, ProbeRule::kLast);
+  EXPECT_EQ(policy_of({{"metric", "roco"}}).probes, ProbeRule::kAll);
+  EXPECT_EQ(policy_of({{"metric", "roco"}, {"probes", "recent"}}).probes, ProbeRule::kRecent);
+  const Policy special = policy_of({{"probes", "special"}, {"probe-positions", "0,3,10-12"}});
+  EXPECT_EQ(special.probe_positions, (std::vector<std::uint32_t>{0, 3, 10, 11, 12}));
+}
+
+TEST(MakePolicyErrors, Probes) {
+  EXPECT_EQ(error_of({{"metric", "last-token"}, {"probes", "all"}}),
+            "probes: found 'all', but metric 'last-token' measures the last query alone");
+  EXPECT_EQ(error_of({{"probes", "special"}}),
+            "probe-positions: missing; probes 'special' needs them");
+  EXPECT_EQ(error_of({{"probe-positions", "3"}}),
+            "probe-positions: found '3', but only probes 'special' have positions");
+  for (const char* text : {"", "3,3", "4,2", "5-4", "1-", "-1", "1,", "1,2-1", "16777216", "a"}) {
+    EXPECT_EQ(error_of({{"probes", "special"}, {"probe-positions", text}}),
+              "probe-positions: found '" + std::string(text) +
+                  "', accepted: ascending numbers and ranges below 16777216, as 0,3,10-19");
+  }
+}
+
 TEST(MakePolicyErrors, AreOneLine) {
   EXPECT_EQ(error_of({{"seed", "1\n2\x7f"}}),
             "seed: found '1?2?', accepted: a whole number from 0 to 18446744073709551615");
@@ -306,10 +356,44 @@ TEST(SettingHelp, NamesEverySettingOnce) {
     const std::string error = error_of({{help.name, "no such value"}});
     EXPECT_EQ(error.find(help.name + ": "), 0u) << error;
   }
-  EXPECT_EQ(names, (std::set<std::string>{"policy", "mode", "key-bits", "value-bits", "key-salient",
-                                          "value-salient", "key-clip", "value-clip", "granularity",
-                                          "group", "value-params", "sinks", "hold", "seal", "block",
-                                          "metric", "probes", "seed"}));
+  EXPECT_EQ(names, (std::set<std::string>{"policy",          "mode",        "key-bits",
+                                          "value-bits",      "key-salient", "value-salient",
+                                          "key-clip",        "value-clip",  "granularity",
+                                          "group",           "residual",    "value-params",
+                                          "sinks",           "hold",        "seal",
+                                          "block",           "metric",      "probes",
+                                          "probe-positions", "seed"}));
+}
+
+TEST(PolicyHelp, NamesEveryPolicyAndItsDefaults) {
+  std::set<std::string> names;
+  for (const PolicyHelp& help : policy_help()) {
+    EXPECT_TRUE(names.insert(help.name).second) << help.name;
+    EXPECT_FALSE(help.summary.empty());
+    for (const auto& [name, text] : help.defaults) {
+      EXPECT_NE(name, "policy");
+    }
+  }
+  EXPECT_EQ(policy_help().front().name, "zipcache");
+  EXPECT_EQ(policy_help().front().defaults.at("key-bits"), "4,3");
+  EXPECT_TRUE(names.contains("zipcache mode=official"));
+}
+
+// What a policy lists is what it reads: nothing is accepted and ignored, nothing read but hidden.
+TEST(PolicyHelp, ListedSettingsAreThoseThatAreRead) {
+  for (const Method& method : methods()) {
+    const Policy policy = policy_of({{"policy", std::string(method.name)}});
+    for (const auto& [name, text] : policy.settings) {
+      EXPECT_TRUE(name == "policy" || std::count(method.settings.begin(), method.settings.end(),
+                                                 std::string_view(name)) == 1)
+          << method.name << " reads " << name;
+    }
+    for (const std::string_view name : method.settings) {
+      const std::string error =
+          error_of({{"policy", std::string(method.name)}, {std::string(name), "no such value"}});
+      EXPECT_EQ(error.find(std::string(name) + ": found 'no such value'"), 0u) << error;
+    }
+  }
 }
 
 TEST(Describe, OneLine) {
@@ -331,9 +415,14 @@ TEST(ToSettings, MakesTheSamePolicyAgain) {
       {{"policy", "uniform"}, {"granularity", "tokenwise"}, {"key-clip", "0.3"}},
       {{"policy", "uniform"}, {"granularity", "groupwise"}, {"group", "64"}, {"key-bits", "8"}},
       {{"mode", "paper"}},
+      {{"policy", "kivi"}, {"key-bits", "4"}, {"value-bits", "4"}, {"residual", "32"}},
+      {{"policy", "kivi"}, {"residual", "0"}},
       {{"mode", "official"}, {"seal", "50"}, {"block", "1000"}},
       {{"key-bits", "3"}, {"value-salient", "33.33"}, {"metric", "random"}, {"seed", "77"}},
       {{"key-salient", "0.1"}, {"value-salient", "99.05"}, {"probes", "last"}, {"sinks", "8"}},
+      {{"metric", "roco"}},
+      {{"metric", "last-token"}},
+      {{"probes", "special"}, {"probe-positions", "0,7-9"}},
   };
   std::set<std::string> lines;
   for (const Settings& settings : all_settings) {

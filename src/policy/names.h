@@ -16,48 +16,24 @@ struct Named {
   T value;
 };
 
-// What `granularity` of the uniform policy chooses for K and V.
-enum class UniformGranularity : std::uint8_t {
-  kChannelwiseCst,
-  kChannelwiseTokenwise,
-  kTokenwise,
-  kGroupwise,
-};
-
-inline constexpr std::array<Named<Kind>, 3> kKinds{{
-    {"fp16", Kind::kFp16},
-    {"uniform", Kind::kUniform},
-    {"zipcache", Kind::kZipcache},
-}};
-
-inline constexpr std::array<Named<Mode>, 3> kModes{{
-    {"default", Mode::kDefault},
-    {"paper", Mode::kPaper},
-    {"official", Mode::kOfficial},
-}};
-
-inline constexpr std::array<Named<saliency::Metric>, 5> kMetrics{{
+inline constexpr std::array<Named<saliency::Metric>, 7> kMetrics{{
     {"normalized", saliency::Metric::kNormalized},
     {"accumulated", saliency::Metric::kAccumulated},
     {"official", saliency::Metric::kOfficial},
     {"random", saliency::Metric::kRandom},
     {"locality", saliency::Metric::kLocality},
+    {"last-token", saliency::Metric::kLastToken},
+    {"roco", saliency::Metric::kRoco},
 }};
 
-inline constexpr std::array<Named<saliency::ProbeRule>, 6> kProbeRules{{
+inline constexpr std::array<Named<saliency::ProbeRule>, 7> kProbeRules{{
     {"default", saliency::ProbeRule::kDefault},
     {"official", saliency::ProbeRule::kOfficial},
     {"all", saliency::ProbeRule::kAll},
     {"recent", saliency::ProbeRule::kRecent},
     {"random", saliency::ProbeRule::kRandom},
     {"last", saliency::ProbeRule::kLast},
-}};
-
-inline constexpr std::array<Named<UniformGranularity>, 4> kUniformGranularities{{
-    {"channelwise+cst", UniformGranularity::kChannelwiseCst},
-    {"channelwise+tokenwise", UniformGranularity::kChannelwiseTokenwise},
-    {"tokenwise", UniformGranularity::kTokenwise},
-    {"groupwise", UniformGranularity::kGroupwise},
+    {"special", saliency::ProbeRule::kSpecial},
 }};
 
 inline constexpr std::array<Named<format::TokenParams>, 2> kTokenParams{{

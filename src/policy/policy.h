@@ -1,5 +1,6 @@
 // What a cache does with its tokens: which are sealed when, into which classes, at which precision.
-// A Policy is plain data; make_policy() builds a checked one from the user's settings.
+// A Policy is plain data; make_policy() builds a checked one from the user's settings. Each policy
+// that a user can name is one file of this room (method.h).
 #pragma once
 
 #include <array>
@@ -16,9 +17,6 @@
 
 namespace zipcache::policy {
 
-enum class Kind : std::uint8_t { kFp16, kUniform, kZipcache };
-enum class Mode : std::uint8_t { kDefault, kPaper, kOfficial };
-
 struct TensorPolicy {
   format::Granularity granularity = format::Granularity::kChannelwise;
   format::TokenParams token_params = format::TokenParams::kHalf;
@@ -29,33 +27,45 @@ struct TensorPolicy {
   std::array<std::uint8_t, 2> bits{4, 2};
   std::uint32_t salient_bp = 10000;  // share of tokens in class 0, basis points
   std::uint32_t class_multiple = 1;  // class 0 counts are rounded to this
+  std::uint16_t group_tokens = 0;    // channelwise: tokens that share a scale, 0 = the block's
   quant::TensorRules rules;
 };
 
 struct Policy {
-  Kind kind = Kind::kZipcache;
-  Mode mode = Mode::kDefault;
+  std::string name = "zipcache";
+  // Every setting that applies, defaults included: what made this policy.
+  std::map<std::string, std::string> settings;
+  bool keeps_exact = false;  // nothing is ever sealed; the rest does not matter
   TensorPolicy key;
   TensorPolicy value;
 
   // When tokens are sealed. Of each sequence the first `sink_tokens` never are, the newest
-  // `hold_tokens` not yet; the others are once at least `seal_tokens` of them are staged (in modes
-  // paper and official also whenever a prefill chunk ends), in multiples of `seal_multiple`, in
-  // blocks of at most `block_tokens` (0 = one block).
+  // `hold_tokens` not yet; the others are once at least `seal_tokens` of them are staged (with
+  // `seal_chunks` also whenever a prefill chunk ends), in multiples of `seal_multiple`, in blocks
+  // of at most `block_tokens` (0 = one block).
   std::uint32_t sink_tokens = 4;
   std::uint32_t hold_tokens = 28;
   std::uint32_t seal_tokens = 64;
   std::uint32_t seal_multiple = 32;
   std::uint32_t block_tokens = 512;
+  bool seal_chunks = false;
+  // Values of the newest so many tokens of a sequence stay exact (width 16) when their keys are
+  // sealed; the last ones of a seal are therefore sealed in blocks of `value_hold_block` tokens.
+  std::uint32_t value_hold_tokens = 0;
+  std::uint32_t value_hold_block = 32;
+  // Of fewer tokens than this a ranking means nothing: all are salient.
+  std::uint32_t min_ranked_tokens = 0;
   // `official`: whenever tokens are sealed, every sealed token of the sequence is quantized anew
   // with them, its class kept.
   bool requantize_all = false;
 
   saliency::Metric metric = saliency::Metric::kNormalized;
   saliency::ProbeRule probes = saliency::ProbeRule::kDefault;
+  std::vector<std::uint32_t> probe_positions;  // ProbeRule::kSpecial
   std::uint64_t seed = 0;
 
-  bool seals() const { return kind != Kind::kFp16; }
+  bool seals() const { return !keeps_exact; }
+  bool ranks() const { return key.n_classes == 2 || value.n_classes == 2; }
   quant::QuantRules quant_rules() const { return {key.rules, value.rules}; }
 };
 
@@ -64,9 +74,17 @@ struct Policy {
 struct SettingHelp {
   std::string name;    // e.g. "key-bits"; the environment variable is ZIPCACHE_KEY_BITS
   std::string values;  // e.g. "HI,LO or one width of 2, 3, 4, 8"
-  std::string help;    // what it does and its default per mode
+  std::string help;    // what it does, and its default under the default policy if it applies there
 };
 const std::vector<SettingHelp>& setting_help();
+
+// Each policy by name, and each mode of one that has modes, in the order of the docs.
+struct PolicyHelp {
+  std::string name;                             // "zipcache", "zipcache mode=paper"
+  std::string summary;                          // one line
+  std::map<std::string, std::string> defaults;  // every setting that it takes but `policy`
+};
+const std::vector<PolicyHelp>& policy_help();
 
 // Builds a policy from settings (names as in setting_help(), without the ZIPCACHE_ prefix, lower
 // case, '-' between words). Unknown names, malformed values and impossible combinations are errors
@@ -81,17 +99,18 @@ std::map<std::string, std::string> to_settings(const Policy& policy);
 // One line for logs: "zipcache default: K channelwise 4/3 bits (30 % salient, clip 1/0.9), V ..."
 std::string describe(const Policy& policy);
 
-// Shape of the block that seals n_tokens under this policy. Whether the head dimensions suit it
+// Shape of the block that seals n_tokens under this policy, with exact values if these are still
+// held. Whether the head dimensions suit it
 // (a channel group must divide them) is for BlockLayout::is_valid() to say.
 // REQUIRES: policy.seals().
 format::BlockShape block_shape(const Policy& policy, std::uint32_t n_tokens,
                                std::uint32_t n_kv_heads, std::uint32_t key_dim,
-                               std::uint32_t value_dim);
+                               std::uint32_t value_dim, bool hold_values = false);
 
 // Of `n_sealable` staged tokens of a sequence (sinks and held ones not counted), how many to seal
 // after a step that added `n_new` tokens to it, as block sizes in order, oldest tokens first; empty
-// when it is too early. In modes paper and official n_new > 1 is a prefill chunk, which seals
-// everything, and n_new == 1 a decode step; the other policies do not look at n_new.
+// when it is too early. With seal_chunks n_new > 1 is a prefill chunk, which seals everything, and
+// n_new == 1 a decode step; other policies do not look at n_new.
 std::vector<std::uint32_t> plan_seal(const Policy& policy, std::uint32_t n_sealable,
                                      std::uint32_t n_new);
 

@@ -1,15 +1,12 @@
 // Which tokens seal when, in blocks of which shape.
 #include <algorithm>
 
+#include "base/aligned.h"
 #include "base/check.h"
 #include "policy/policy.h"
 
 namespace zipcache::policy {
 namespace {
-
-// The published code and the paper draw no random probe from fewer tokens than this, so their
-// ranking means nothing: all of them are salient (method: L < 20).
-constexpr std::uint32_t kMinRankedTokens = 20;
 
 format::TensorFormat tensor_format(const Policy& policy, const TensorPolicy& tensor,
                                    std::uint32_t n_tokens) {
@@ -19,10 +16,11 @@ format::TensorFormat tensor_format(const Policy& policy, const TensorPolicy& ten
   format.class_factors = tensor.class_factors;
   format.slot_shared = tensor.slot_shared;
   format.group_channels = tensor.group_channels;
+  format.group_tokens = tensor.group_tokens;
   format.n_classes = tensor.n_classes;
   format.bits = tensor.bits;
   if (tensor.n_classes == 2) {
-    const bool too_few_to_rank = policy.mode != Mode::kDefault && n_tokens < kMinRankedTokens;
+    const bool too_few_to_rank = n_tokens < policy.min_ranked_tokens;
     format.class0_tokens = too_few_to_rank ? n_tokens
                                            : saliency::salient_tokens(n_tokens, tensor.salient_bp,
                                                                       tensor.class_multiple);
@@ -30,35 +28,10 @@ format::TensorFormat tensor_format(const Policy& policy, const TensorPolicy& ten
   return format;
 }
 
-}  // namespace
-
-format::BlockShape block_shape(const Policy& policy, std::uint32_t n_tokens,
-                               std::uint32_t n_kv_heads, std::uint32_t key_dim,
-                               std::uint32_t value_dim) {
-  ZC_CHECK(policy.seals());
-  format::BlockShape shape;
-  shape.n_tokens = n_tokens;
-  shape.n_kv_heads = n_kv_heads;
-  shape.key_dim = key_dim;
-  shape.value_dim = value_dim;
-  shape.key = tensor_format(policy, policy.key, n_tokens);
-  shape.value = tensor_format(policy, policy.value, n_tokens);
-  return shape;
-}
-
-std::vector<std::uint32_t> plan_seal(const Policy& policy, std::uint32_t n_sealable,
-                                     std::uint32_t n_new) {
-  if (!policy.seals()) {
-    return {};
-  }
-  const bool seals_whole_chunk = policy.mode != Mode::kDefault && n_new > 1;
-  if (!seals_whole_chunk && n_sealable < policy.seal_tokens) {
-    return {};
-  }
-  ZC_CHECK(policy.seal_multiple >= 1 && policy.block_tokens % policy.seal_multiple == 0);
-
-  // Counted in units of seal_multiple, the blocks differ by one unit at most, larger ones first.
-  const std::uint32_t units = n_sealable / policy.seal_multiple;
+// n tokens (a multiple of seal_multiple) in blocks that differ by one multiple at most, larger ones
+// first.
+std::vector<std::uint32_t> even_blocks(const Policy& policy, std::uint32_t n) {
+  const std::uint32_t units = n / policy.seal_multiple;
   if (units == 0) {
     return {};
   }
@@ -68,6 +41,50 @@ std::vector<std::uint32_t> plan_seal(const Policy& policy, std::uint32_t n_seala
   std::vector<std::uint32_t> blocks(n_blocks, units / n_blocks * policy.seal_multiple);
   for (std::uint32_t block = 0; block < units % n_blocks; ++block) {
     blocks[block] += policy.seal_multiple;
+  }
+  return blocks;
+}
+
+}  // namespace
+
+format::BlockShape block_shape(const Policy& policy, std::uint32_t n_tokens,
+                               std::uint32_t n_kv_heads, std::uint32_t key_dim,
+                               std::uint32_t value_dim, bool hold_values) {
+  ZC_CHECK(policy.seals());
+  format::BlockShape shape;
+  shape.n_tokens = n_tokens;
+  shape.n_kv_heads = n_kv_heads;
+  shape.key_dim = key_dim;
+  shape.value_dim = value_dim;
+  shape.key = tensor_format(policy, policy.key, n_tokens);
+  shape.value = tensor_format(policy, policy.value, n_tokens);
+  if (hold_values) {
+    shape.value = {.granularity = format::Granularity::kTokenwise,
+                   .bits = {format::kExactBits, format::kExactBits}};
+  }
+  return shape;
+}
+
+std::vector<std::uint32_t> plan_seal(const Policy& policy, std::uint32_t n_sealable,
+                                     std::uint32_t n_new) {
+  if (!policy.seals()) {
+    return {};
+  }
+  const bool seals_whole_chunk = policy.seal_chunks && n_new > 1;
+  if (!seals_whole_chunk && n_sealable < policy.seal_tokens) {
+    return {};
+  }
+  ZC_CHECK(policy.seal_multiple >= 1 && policy.block_tokens % policy.seal_multiple == 0);
+
+  // Tokens whose values stay exact for a while come in small blocks, so that no more of them wait
+  // than must.
+  const std::uint32_t n_seal = n_sealable / policy.seal_multiple * policy.seal_multiple;
+  const std::uint32_t n_held = std::min(
+      static_cast<std::uint32_t>(round_up(policy.value_hold_tokens, policy.value_hold_block)),
+      n_seal);
+  std::vector<std::uint32_t> blocks = even_blocks(policy, n_seal - n_held);
+  for (std::uint32_t left = n_held; left > 0; left -= std::min(left, policy.value_hold_block)) {
+    blocks.push_back(std::min(left, policy.value_hold_block));
   }
   return blocks;
 }

@@ -54,6 +54,15 @@ TEST(PlanSeal, NewTokensMatterInPublishedModesOnly) {
   }
 }
 
+TEST(PlanSeal, KiviSealsKeysByTheResidualAndItsHeldValuesInSmallBlocks) {
+  const Policy policy = policy_of({{"policy", "kivi"}});
+  EXPECT_EQ(plan_seal(policy, 127, 1), Blocks{});
+  EXPECT_EQ(plan_seal(policy, 128, 1), (Blocks{32, 32, 32, 32}));
+  EXPECT_EQ(plan_seal(policy, 255, 255), (Blocks{32, 32, 32, 32}));
+  EXPECT_EQ(plan_seal(policy, 1000, 1000), (Blocks{768, 32, 32, 32, 32}));
+  EXPECT_EQ(plan_seal(policy_of({{"policy", "kivi"}, {"residual", "0"}}), 70, 1), Blocks{64});
+}
+
 TEST(PlanSeal, Properties) {
   const std::vector<std::map<std::string, std::string>> all_settings = {
       {},

@@ -3,6 +3,9 @@
 #include <algorithm>
 #include <charconv>
 #include <numeric>
+#include <type_traits>
+
+#include "policy/method.h"
 
 namespace zipcache::policy {
 namespace {
@@ -85,8 +88,8 @@ std::size_t edit_distance(std::string_view a, std::string_view b) {
 }
 
 bool is_known(std::string_view name) {
-  return std::any_of(setting_specs().begin(), setting_specs().end(),
-                     [name](const SettingSpec& spec) { return spec.help.name == name; });
+  return std::any_of(setting_words().begin(), setting_words().end(),
+                     [name](const SettingHelp& help) { return help.name == name; });
 }
 
 // The known name most like `name`; empty if none is near enough to be meant.
@@ -94,96 +97,101 @@ std::string nearest_setting(std::string_view name) {
   constexpr std::size_t kMaxDistance = 3;
   std::string nearest;
   std::size_t least = std::min(kMaxDistance + 1, name.size());
-  for (const SettingSpec& spec : setting_specs()) {
-    const std::size_t distance = edit_distance(name, spec.help.name);
+  for (const SettingHelp& help : setting_words()) {
+    const std::size_t distance = edit_distance(name, help.name);
     if (distance < least) {
       least = distance;
-      nearest = spec.help.name;
+      nearest = help.name;
     }
   }
   return nearest;
 }
 
-// Names of all settings, or of those that apply to one kind.
-std::string list_settings(std::optional<Kind> kind) {
+// "a, b, c"
+template <typename Names>
+std::string list_of(const Names& names) {
   std::string list;
-  for (const SettingSpec& spec : setting_specs()) {
-    if (!kind || spec.applies_to(*kind)) {
-      list += (list.empty() ? "" : ", ") + spec.help.name;
-    }
+  for (const auto& name : names) {
+    list += (list.empty() ? "" : ", ") + std::string(name);
   }
   return list;
 }
 
-}  // namespace
-
-bool SettingSpec::applies_to(Kind kind) const {
-  return std::find(kinds.begin(), kinds.end(), kind) != kinds.end();
+template <typename T>
+std::string numbers_text(std::span<const T> numbers) {
+  std::string text;
+  for (const T number : numbers) {
+    if constexpr (std::is_floating_point_v<T>) {
+      text += (text.empty() ? "" : ",") + float_text(number);
+    } else {
+      text += (text.empty() ? "" : ",") + std::to_string(number);
+    }
+  }
+  return text;
 }
 
-const std::vector<SettingSpec>& setting_specs() {
-  constexpr Kind kF = Kind::kFp16, kU = Kind::kUniform, kZ = Kind::kZipcache;
-  static const std::vector<SettingSpec> specs = {
-      {{"policy", "fp16, uniform, zipcache",
-        "what the cache does: keep FP16, one width for all tokens, or more bits for salient tokens "
-        "(default zipcache)"},
-       {kF, kU, kZ}},
-      {{"mode", "default, paper, official",
-        "where the defaults come from: measured here, the paper, or the published code (default "
-        "default)"},
-       {kZ}},
-      {{"key-bits", "HI,LO or one width, of 2, 3, 4, 8",
-        "bits of salient and of other keys (default 4,3; paper and official 4,2; uniform 4)"},
-       {kU, kZ}},
-      {{"value-bits", "HI,LO or one width, of 2, 3, 4, 8",
-        "bits of salient and of other values (default 3,2; paper and official 4,2; uniform 4)"},
-       {kU, kZ}},
-      {{"key-salient", "0..100 percent, two decimals",
-        "share of the tokens whose keys are salient (default 30; paper and official 60)"},
-       {kZ}},
-      {{"value-salient", "0..100 percent, two decimals",
-        "share of the tokens whose values are salient (default 50; paper and official 60)"},
-       {kZ}},
-      {{"key-clip", "HI,LO or one fraction, above 0 up to 1",
-        "range kept of each key channel (default 1, but 0.9 for 3 bits and 0.7 for 2; paper, "
-        "official and uniform 1)"},
-       {kU, kZ}},
-      {{"value-clip", "HI,LO or one fraction, above 0 up to 1",
-        "range kept of each value token (default 1, but 0.75 for 2 bits; paper, official and "
-        "uniform 1)"},
-       {kU, kZ}},
-      {{"granularity", "channelwise+cst, channelwise+tokenwise, tokenwise, groupwise",
-        "what shares a scale, for keys and for values (default channelwise+cst)"},
-       {kU}},
-      {{"group", "16..512 in steps of 16",
-        "channels of a token that share a scale, with granularity groupwise (default 32)"},
-       {kU}},
-      {{"value-params", "byte, half",
-        "how a value token's scale and minimum are stored (default byte; paper, official and "
-        "uniform half)"},
-       {kU, kZ}},
-      {{"sinks", "0..4096",
-        "first tokens of a sequence, kept exact (default 4; paper, official and uniform 0)"},
-       {kU, kZ}},
-      {{"hold", "0..65536",
-        "newest tokens, not yet quantized (default fills up sinks to a multiple of 32: 28 with 4 "
-        "sinks; paper and official 0)"},
-       {kU, kZ}},
-      {{"seal", "32..65536 in steps of 32; paper and official 16..65536",
-        "staged tokens that start a quantization (default 64; paper and official 100)"},
-       {kU, kZ}},
-      {{"block", "0 or 32..65536 in steps of 32; paper and official 0 or 16..65536",
-        "most tokens of one block, 0 for no limit (default 512; paper and official 0)"},
-       {kU, kZ}},
-      {{"metric", "normalized, accumulated, official, random, locality",
-        "what makes a token salient (default normalized; official mode official)"},
-       {kZ}},
-      {{"probes", "default, official, all, recent, random, last",
-        "queries whose attention is measured (default default; official mode official)"},
-       {kZ}},
-      {{"seed", "0..18446744073709551615", "chooses the random probes (default 0)"}, {kZ}},
+}  // namespace
+
+std::string percent_text(std::uint32_t basis_points) {
+  std::string text = std::to_string(basis_points / 100);
+  const std::uint32_t hundredths = basis_points % 100;
+  if (hundredths != 0) {
+    text += '.';
+    text += static_cast<char>('0' + hundredths / 10);
+    if (hundredths % 10 != 0) {
+      text += static_cast<char>('0' + hundredths % 10);
+    }
+  }
+  return text;
+}
+
+std::string float_text(float value) {
+  std::array<char, 32> buffer{};
+  const auto end = std::to_chars(buffer.data(), buffer.data() + buffer.size(), value).ptr;
+  return {buffer.data(), end};
+}
+
+const std::vector<SettingHelp>& setting_words() {
+  static const std::vector<SettingHelp> words = {
+      {"policy", list_of(method_names()),
+       "what the cache does with its tokens: the table of policies"},
+      {"mode", "default, paper, official",
+       "where the defaults of zipcache come from: measured here, the paper, or the published code"},
+      {"key-bits", "HI,LO or one width, of 2, 3, 4, 8", "bits of salient and of other keys"},
+      {"value-bits", "HI,LO or one width, of 2, 3, 4, 8", "bits of salient and of other values"},
+      {"key-salient", "0..100 percent, two decimals", "share of the tokens whose keys are salient"},
+      {"value-salient", "0..100 percent, two decimals",
+       "share of the tokens whose values are salient"},
+      {"key-clip", "HI,LO or one fraction, above 0 up to 1",
+       "range kept of each set of keys that shares a scale; in zipcache 0.9 for 3 bits, 0.7 for 2"},
+      {"value-clip", "HI,LO or one fraction, above 0 up to 1",
+       "range kept of each set of values that shares a scale; in zipcache 0.75 for 2 bits"},
+      {"granularity", "channelwise+cst, channelwise+tokenwise, tokenwise, groupwise",
+       "what shares a scale, for keys and for values"},
+      {"group", "16..512 in steps of 16",
+       "channels of a token that share a scale (uniform: with granularity groupwise); kivi: also "
+       "tokens of a channel"},
+      {"residual", "0 or a multiple of group up to 4096",
+       "tokens that kivi keeps exact: keys are quantized so many at a time, values when so many "
+       "newer ones are there"},
+      {"value-params", "byte, half", "how a value token's scale and minimum are stored"},
+      {"sinks", "0..4096", "first tokens of a sequence, kept exact"},
+      {"hold", "0..65536",
+       "newest tokens, not yet quantized; where it is 28, it fills up the sinks to a multiple of "
+       "32"},
+      {"seal", "32..65536 in steps of 32; paper and official 16..65536",
+       "staged tokens that start a quantization"},
+      {"block", "0 or 32..65536 in steps of 32; paper and official 0 or 16..65536",
+       "most tokens of one block, 0 for no limit"},
+      {"metric", "normalized, accumulated, official, random, locality, last-token, roco",
+       "what makes a token salient; the mean of RoCo alone is normalized with probes all"},
+      {"probes", "default, official, all, recent, random, last, special",
+       "queries whose attention is measured; metric last-token has the last one, roco all"},
+      {"probe-positions", "ascending numbers or ranges, 0,3,10-19; each below 16777216",
+       "with probes special: where in each sequence the special tokens are (a cache sees no text)"},
+      {"seed", "0..18446744073709551615", "chooses the random probes"},
   };
-  return specs;
+  return words;
 }
 
 const std::string* SettingReader::find(std::string_view name) const {
@@ -201,23 +209,36 @@ void SettingReader::fail(std::string_view name, std::string_view found, std::str
   }
 }
 
+void SettingReader::fail(std::string_view name, std::string_view message) {
+  if (!error_) {
+    error_ = invalid_argument(std::string(name) + ": " + std::string(message));
+  }
+}
+
 void SettingReader::check_known() {
   for (const auto& [name, text] : settings_) {
     if (!is_known(name) && !error_) {
       const std::string nearest = nearest_setting(name);
       const std::string hint = nearest.empty() ? ";" : "; did you mean " + quoted(nearest) + "?";
-      error_ = invalid_argument("unknown setting " + quoted(name) + hint +
-                                " known: " + list_settings(std::nullopt));
+      std::vector<std::string> known;
+      for (const SettingHelp& help : setting_words()) {
+        known.push_back(help.name);
+      }
+      error_ =
+          invalid_argument("unknown setting " + quoted(name) + hint + " known: " + list_of(known));
     }
   }
 }
 
-void SettingReader::check_applies(Kind kind) {
-  for (const SettingSpec& spec : setting_specs()) {
-    if (has(spec.help.name) && !spec.applies_to(kind) && !error_) {
-      error_ =
-          invalid_argument(spec.help.name + ": does not apply to policy " +
-                           quoted(name_of(kKinds, kind)) + ", which takes " + list_settings(kind));
+void SettingReader::check_applies(std::string_view policy,
+                                  const std::vector<std::string_view>& applicable) {
+  for (const auto& [name, text] : settings_) {
+    const bool applies = name == "policy" ||
+                         std::find(applicable.begin(), applicable.end(), name) != applicable.end();
+    if (!applies && !error_) {
+      error_ = invalid_argument(name + ": does not apply to policy " + quoted(policy) +
+                                ", which takes policy" + (applicable.empty() ? "" : ", ") +
+                                list_of(applicable));
     }
   }
 }
@@ -230,10 +251,12 @@ void SettingReader::reject(std::string_view name, std::string_view expected) {
 
 std::uint32_t SettingReader::count(std::string_view name, const CountRange& range,
                                    std::uint32_t fallback) {
+  resolve(name, std::to_string(fallback));
   const std::string* text = find(name);
   if (text == nullptr) {
     return fallback;
   }
+  resolve(name, *text);
   const std::optional<std::uint32_t> number = parse_number<std::uint32_t>(*text);
   if (number && *number >= range.min && *number <= range.max && *number % range.step == 0) {
     return *number;
@@ -249,10 +272,12 @@ std::uint32_t SettingReader::count(std::string_view name, const CountRange& rang
 }
 
 std::uint64_t SettingReader::seed(std::string_view name, std::uint64_t fallback) {
+  resolve(name, std::to_string(fallback));
   const std::string* text = find(name);
   if (text == nullptr) {
     return fallback;
   }
+  resolve(name, *text);
   const std::optional<std::uint64_t> number = parse_number<std::uint64_t>(*text);
   if (!number) {
     fail(name, *text, "accepted: a whole number from 0 to 18446744073709551615");
@@ -261,6 +286,7 @@ std::uint64_t SettingReader::seed(std::string_view name, std::uint64_t fallback)
 }
 
 std::uint32_t SettingReader::percent(std::string_view name, std::uint32_t fallback_bp) {
+  resolve(name, percent_text(fallback_bp));
   const std::string* text = find(name);
   if (text == nullptr) {
     return fallback_bp;
@@ -268,12 +294,15 @@ std::uint32_t SettingReader::percent(std::string_view name, std::uint32_t fallba
   const std::optional<std::uint32_t> basis_points = parse_basis_points(*text);
   if (!basis_points) {
     fail(name, *text, "accepted: percent from 0 to 100 with up to two decimals");
+    return fallback_bp;
   }
-  return basis_points.value_or(fallback_bp);
+  resolve(name, percent_text(*basis_points));
+  return *basis_points;
 }
 
 std::vector<std::uint8_t> SettingReader::bits(std::string_view name, std::size_t max_classes,
                                               std::vector<std::uint8_t> fallback) {
+  resolve(name, numbers_text<std::uint8_t>(fallback));
   const std::string* text = find(name);
   if (text == nullptr) {
     return fallback;
@@ -290,11 +319,44 @@ std::vector<std::uint8_t> SettingReader::bits(std::string_view name, std::size_t
     fail(name, *text, "but salient tokens (HI) can't have fewer bits than the others (LO)");
     return fallback;
   }
+  resolve(name, numbers_text<std::uint8_t>(*widths));
   return *widths;
+}
+
+std::vector<std::uint32_t> SettingReader::positions(std::string_view name) {
+  constexpr std::uint32_t kEnd = 1u << 24;
+  const std::string* text = find(name);
+  if (text == nullptr) {
+    return {};
+  }
+  std::vector<std::uint32_t> all;
+  std::string_view rest = *text;
+  bool more = true;
+  while (more) {
+    const std::size_t comma = rest.find(',');
+    const std::string_view item = rest.substr(0, comma);
+    const std::size_t dash = item.find('-');
+    const auto first = parse_number<std::uint32_t>(item.substr(0, dash));
+    const auto last =
+        dash == std::string_view::npos ? first : parse_number<std::uint32_t>(item.substr(dash + 1));
+    if (!first || !last || *first > *last || *last >= kEnd ||
+        (!all.empty() && *first <= all.back())) {
+      fail(name, *text, "accepted: ascending numbers and ranges below 16777216, as 0,3,10-19");
+      return {};
+    }
+    for (std::uint32_t position = *first; position <= *last; ++position) {
+      all.push_back(position);
+    }
+    more = comma != std::string_view::npos;
+    rest.remove_prefix(more ? comma + 1 : 0);
+  }
+  resolve(name, *text);
+  return all;
 }
 
 std::array<float, 2> SettingReader::clip(std::string_view name, std::size_t n_classes,
                                          std::array<float, 2> fallback) {
+  resolve(name, numbers_text<float>(std::span(fallback).first(n_classes)));
   const std::string* text = find(name);
   if (text == nullptr) {
     return fallback;
@@ -308,7 +370,9 @@ std::array<float, 2> SettingReader::clip(std::string_view name, std::size_t n_cl
                         : "accepted: fractions above 0 and up to 1 as HI,LO or one for both");
     return fallback;
   }
-  return {fractions->front(), fractions->back()};
+  const std::array<float, 2> clip{fractions->front(), fractions->back()};
+  resolve(name, numbers_text<float>(std::span(clip).first(n_classes)));
+  return clip;
 }
 
 }  // namespace zipcache::policy

@@ -11,6 +11,7 @@
 #include <string_view>
 #include <vector>
 
+#include "base/check.h"
 #include "base/expected.h"
 #include "policy/names.h"
 #include "policy/policy.h"
@@ -19,13 +20,13 @@ namespace zipcache::policy {
 
 using Settings = std::map<std::string, std::string>;
 
-struct SettingSpec {
-  SettingHelp help;
-  std::vector<Kind> kinds;  // the policies that take it
+// All settings, without defaults: a policy knows those.
+const std::vector<SettingHelp>& setting_words();
 
-  bool applies_to(Kind kind) const;
-};
-const std::vector<SettingSpec>& setting_specs();
+// "30", "12.5", "0.05"
+std::string percent_text(std::uint32_t basis_points);
+// The shortest decimal that reads back as the same float.
+std::string float_text(float value);
 
 // Accepted: min..max in steps of `step`, counted from 0; and 0 if `or_zero`.
 struct CountRange {
@@ -36,24 +37,31 @@ struct CountRange {
 };
 
 // Each reader returns `fallback` when the setting is absent or something failed before, so that a
-// caller reads everything in a row and looks at error() once. The first error is kept.
+// caller reads everything in a row and looks at error() once. The first error is kept. What was
+// read, given or not, is in resolved(): reading is all that a policy has to do about a setting.
 class SettingReader {
  public:
   // REQUIRES: `settings` outlives the reader.
   explicit SettingReader(const Settings& settings) : settings_(settings) {}
 
   const std::optional<Error>& error() const { return error_; }
-  bool has(std::string_view name) const { return settings_.contains(std::string(name)); }
+  const Settings& resolved() const { return resolved_; }
 
-  // Fails if a name is none of setting_specs(), with the nearest one as a hint.
+  // Fails if a name is none of setting_words(), with the nearest one as a hint.
   void check_known();
-  // Fails if a setting is given that does not apply to policies of this kind.
-  void check_applies(Kind kind);
+  // Fails if a setting is given that is not among those of the policy of that name.
+  void check_applies(std::string_view policy, const std::vector<std::string_view>& applicable);
+  // Fails with "NAME: MESSAGE".
+  void fail(std::string_view name, std::string_view message);
   // Fails with "NAME: found 'TEXT', EXPECTED" if `name` is given.
   void reject(std::string_view name, std::string_view expected);
 
+  template <typename T>
+  T choice(std::string_view name, std::span<const Named<T>> choices, T fallback);
   template <typename T, std::size_t N>
-  T choice(std::string_view name, const std::array<Named<T>, N>& choices, T fallback);
+  T choice(std::string_view name, const std::array<Named<T>, N>& choices, T fallback) {
+    return choice(name, std::span<const Named<T>>(choices), fallback);
+  }
   std::uint32_t count(std::string_view name, const CountRange& range, std::uint32_t fallback);
   std::uint64_t seed(std::string_view name, std::uint64_t fallback);
   // Percent with up to two decimals, as basis points.
@@ -61,6 +69,8 @@ class SettingReader {
   // HI,LO with HI >= LO (if max_classes is 2), or one width: as many as there are classes.
   std::vector<std::uint8_t> bits(std::string_view name, std::size_t max_classes,
                                  std::vector<std::uint8_t> fallback);
+  // Ascending numbers and ranges, "0,3,10-19"; none when absent.
+  std::vector<std::uint32_t> positions(std::string_view name);
   // One fraction in (0, 1] for each class, or one for all.
   std::array<float, 2> clip(std::string_view name, std::size_t n_classes,
                             std::array<float, 2> fallback);
@@ -69,24 +79,27 @@ class SettingReader {
   // The text of `name`; nullptr if there is nothing to read.
   const std::string* find(std::string_view name) const;
   void fail(std::string_view name, std::string_view found, std::string_view expected);
+  void resolve(std::string_view name, std::string text) {
+    resolved_[std::string(name)] = std::move(text);
+  }
 
   const Settings& settings_;
+  Settings resolved_;
   std::optional<Error> error_;
 };
 
-template <typename T, std::size_t N>
-T SettingReader::choice(std::string_view name, const std::array<Named<T>, N>& choices, T fallback) {
+template <typename T>
+T SettingReader::choice(std::string_view name, std::span<const Named<T>> choices, T fallback) {
   const std::string* text = find(name);
-  if (text == nullptr) {
-    return fallback;
-  }
   std::string accepted;
   for (const Named<T>& choice : choices) {
-    if (choice.name == *text) {
+    if (text != nullptr ? choice.name == *text : choice.value == fallback) {
+      resolve(name, std::string(choice.name));
       return choice.value;
     }
     accepted += (accepted.empty() ? "" : ", ") + std::string(choice.name);
   }
+  ZC_CHECK(text != nullptr);  // the table names every value
   fail(name, *text, "accepted: " + accepted);
   return fallback;
 }

@@ -22,6 +22,11 @@ struct TensorRules {
   // Per class: the range is shrunk about its centre to this fraction before the scale is computed
   // (1 = min-max), and with kByte then extended to hold 0. Codes are clamped.
   std::array<float, 2> clip{1.0f, 1.0f};
+  bool clip_about_zero = false;  // both ends are multiplied by the fraction instead (SKVQ)
+
+  // What calibration or earlier steps give, for all heads [n_kv_heads, head_dim]; not owners.
+  std::span<const float> given_factors{};          // required where the format says given_factors
+  std::span<const std::uint16_t> channel_order{};  // required where it says reordered
 };
 
 struct QuantRules {
@@ -48,5 +53,12 @@ void decode_block(const format::BlockLayout& layout, const std::byte* block, std
 // only re-quantization in the append-only modes.
 void replace_keys(const format::BlockLayout& layout, const QuantRules& rules,
                   std::span<const float> keys, std::byte* block);
+
+// A block that held exact values (width 16) becomes one of `layout` whose values are quantized;
+// keys are copied as they are. `out` is layout.total_bytes() long and overwritten whole.
+// REQUIRES: the two layouts differ in their values' format only, and have the same tiers.
+void replace_values(const format::BlockLayout& from, const std::byte* block,
+                    const format::BlockLayout& layout, const TensorRules& rules,
+                    std::span<const float> values, std::byte* out);
 
 }  // namespace zipcache::quant

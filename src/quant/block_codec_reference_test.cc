@@ -40,6 +40,10 @@ class Checker {
       for (std::uint32_t head = 0; head < layout_.shape().n_kv_heads; ++head) {
         load(t, head);
         for (int cls = 0; cls < layout_.tensor(t).n_classes; ++cls) {
+          if (!layout_.has_codes(t, cls)) {
+            check_without_codes(t, head, cls);
+            continue;
+          }
           codes_ = encoded_.codes(t, head, cls);
           if (layout_.tensor(t).granularity == Granularity::kChannelwise) {
             check_channelwise(t, head, cls);
@@ -57,9 +61,10 @@ class Checker {
     order_ = order_of(case_, head);
     rows_ = head_rows(t, head);
     factors_.assign(rows_.size(), 1.0);
-    if (layout_.tensor(t).granularity == Granularity::kChannelSeparable) {
+    if (layout_.tensor(t).granularity == Granularity::kChannelSeparable &&
+        layout_.param_slots(t) > 0) {
       if (!layout_.tensor(t).class_factors) {
-        load_factors(t, head, 0, 0, layout_.shape().n_tokens);
+        load_factors(t, head, 0, layout_.first_param_slot(t), layout_.param_slots(t));
       } else {
         for (int cls = 0; cls < layout_.tensor(t).n_classes; ++cls) {
           load_factors(t, head, cls, layout_.first_slot(t, cls), layout_.class_tokens(t, cls));
@@ -74,7 +79,10 @@ class Checker {
   // Checks the stored factors of a set of slots and spreads them over the slots' rows.
   void load_factors(Tensor t, std::uint32_t head, int cls, std::size_t first, std::size_t n) {
     const std::size_t dim = layout_.head_dim(t);
-    const auto exact = ref::channel_factors(std::span(rows_).subspan(first * dim, n * dim), n, dim);
+    auto exact = ref::channel_factors(std::span(rows_).subspan(first * dim, n * dim), n, dim);
+    for (std::size_t c = 0; layout_.tensor(t).given_factors && c < dim; ++c) {
+      exact[c] = case_.tensor_rules(t).given_factors[head * dim + channel(t, head, c)];
+    }
     for (std::size_t c = 0; c < dim; ++c) {
       const double factor = encoded_.value(layout_.channel_factor(t, head, cls), c);
       EXPECT_TRUE(is_rounded(factor, exact[c], 1e-6 * exact[c])) << "factor " << c;
@@ -89,14 +97,43 @@ class Checker {
     std::vector<double> rows;
     for (const std::uint32_t token : order_of(case_, head)) {
       const float* x = &case_.input(t)[(token * n_heads + head) * dim];
-      rows.insert(rows.end(), x, x + dim);
+      for (std::size_t c = 0; c < dim; ++c) {
+        rows.push_back(x[channel(t, head, c)]);
+      }
     }
     return rows;
   }
 
+  // The channel that stands at a stored place.
+  std::size_t channel(Tensor t, std::uint32_t head, std::size_t place) const {
+    return layout_.tensor(t).reordered
+               ? case_.tensor_rules(t).channel_order[head * layout_.head_dim(t) + place]
+               : place;
+  }
+
+  float& decoded(Tensor t, std::uint32_t head, std::size_t slot, std::size_t place) {
+    const std::size_t row = order_[slot] * std::size_t{layout_.shape().n_kv_heads} + head;
+    return decoded_[row * layout_.head_dim(t) + channel(t, head, place)];
+  }
+
+  // fp16 values, or nothing.
+  void check_without_codes(Tensor t, std::uint32_t head, int cls) {
+    const std::size_t dim = layout_.head_dim(t), first = layout_.first_slot(t, cls);
+    for (std::size_t slot = first; slot < first + layout_.class_tokens(t, cls); ++slot) {
+      for (std::size_t c = 0; c < dim; ++c) {
+        const float x = static_cast<float>(rows_[slot * dim + c]);
+        ASSERT_EQ(decoded(t, head, slot, c),
+                  layout_.tensor(t).bits[cls] == format::kExactBits ? round_to_half(x) : 0.0f);
+      }
+    }
+  }
+
   ref::QuantParams exact_params(const std::vector<double>& set, Tensor t, int cls) const {
-    return ref::float_min_params(ref::shrunk_range(set, case_.tensor_rules(t).clip[cls]),
-                                 layout_.tensor(t).bits[cls]);
+    const TensorRules& rules = case_.tensor_rules(t);
+    const double fraction = rules.clip[cls];
+    return ref::float_min_params(
+        rules.clip_about_zero ? ref::scaled_range(set, fraction) : ref::shrunk_range(set, fraction),
+        layout_.tensor(t).bits[cls]);
   }
 
   // Checks fp16 parameters of a set and returns those that codes follow from.
@@ -137,28 +174,33 @@ class Checker {
 
   // The decoded element is what (code, stored scale and min, factor) say, in float.
   void check_decoded(Tensor t, std::uint32_t head, std::size_t slot, std::size_t c, int code,
-                     double scale, double min) const {
-    const std::size_t row = order_[slot] * std::size_t{layout_.shape().n_kv_heads} + head;
+                     double scale, double min) {
     const float inner = static_cast<float>(scale) * static_cast<float>(code);
     const float sum = inner + static_cast<float>(min);
-    ASSERT_EQ(decoded_[row * layout_.head_dim(t) + c],
+    ASSERT_EQ(decoded(t, head, slot, c),
               static_cast<float>(factors_[slot * layout_.head_dim(t) + c]) * sum);
   }
 
   void check_channelwise(Tensor t, std::uint32_t head, int cls) {
     const std::size_t dim = layout_.head_dim(t), first = layout_.first_slot(t, cls);
     const std::size_t n = layout_.class_tokens(t, cls);
-    const std::size_t params = layout_.channel_scale_min(t, head, cls);
-    for (std::size_t c = 0; n > 0 && c < dim; ++c) {
-      std::vector<double> set;
-      for (std::size_t slot = 0; slot < n; ++slot) {
-        set.push_back(rows_[(first + slot) * dim + c]);
-      }
-      const double scale = encoded_.value(params, c), min = encoded_.value(params, dim + c);
-      const ref::QuantParams used = check_half_params(set, t, cls, scale, min);
-      for (std::size_t slot = 0; slot < n; ++slot) {
-        check_code(set[slot], used, t, cls, codes_[slot * dim + c]);
-        check_decoded(t, head, first + slot, c, codes_[slot * dim + c], scale, min);
+    const std::size_t step = layout_.tensor(t).group_tokens == 0 ? std::max<std::size_t>(n, 1)
+                                                                 : layout_.tensor(t).group_tokens;
+    for (std::size_t begin = 0; begin < n; begin += step) {
+      const std::size_t end = std::min(begin + step, n);
+      const std::size_t params =
+          layout_.channel_scale_min(t, head, cls, static_cast<std::uint32_t>(begin / step));
+      for (std::size_t c = 0; c < dim; ++c) {
+        std::vector<double> set;
+        for (std::size_t slot = begin; slot < end; ++slot) {
+          set.push_back(rows_[(first + slot) * dim + c]);
+        }
+        const double scale = encoded_.value(params, c), min = encoded_.value(params, dim + c);
+        const ref::QuantParams used = check_half_params(set, t, cls, scale, min);
+        for (std::size_t slot = begin; slot < end; ++slot) {
+          check_code(set[slot - begin], used, t, cls, codes_[slot * dim + c]);
+          check_decoded(t, head, first + slot, c, codes_[slot * dim + c], scale, min);
+        }
       }
     }
   }
@@ -203,11 +245,11 @@ class Checker {
   ref::QuantParams check_token_params(Tensor t, std::uint32_t head, int cls, std::uint32_t group,
                                       std::size_t slot, double* scale, double* min) const {
     const std::size_t stored = layout_.token_scale_min(t, head, group);
-    const std::size_t n_tokens = layout_.shape().n_tokens;
+    const std::size_t n_slots = layout_.param_slots(t), at = slot - layout_.first_param_slot(t);
     const std::vector<double> set = token_set(t, group, slot);
     if (layout_.tensor(t).token_params == TokenParams::kHalf) {
-      *scale = encoded_.value(stored, slot);
-      *min = encoded_.value(stored, n_tokens + slot);
+      *scale = encoded_.value(stored, at);
+      *min = encoded_.value(stored, n_slots + at);
       return check_half_params(set, t, cls, *scale, *min);
     }
     const double levels = (1 << layout_.tensor(t).bits[cls]) - 1;
@@ -216,12 +258,12 @@ class Checker {
     const auto scale_of = [&](int e) {
       return base * (1 + (e & 15) / 16.0) * std::ldexp(1.0, (e >> 4) - 15);
     };
-    *scale = scale_of(encoded_.byte(stored, slot));
+    *scale = scale_of(encoded_.byte(stored, at));
     const double exact = (range[1] - range[0]) / levels;
     for (int e = 0; e < 256; ++e) {
       EXPECT_LE(std::abs(*scale - exact), std::abs(scale_of(e) - exact) + 1e-6 * exact);
     }
-    const int z = encoded_.byte(stored, n_tokens + slot);
+    const int z = encoded_.byte(stored, n_slots + at);
     EXPECT_LE(std::abs(z - std::clamp(-range[0] / *scale * 255 / levels, 0.0, 255.0)), 0.5001);
     *min = format::byte_min(static_cast<float>(*scale), static_cast<std::uint8_t>(z),
                             layout_.tensor(t).bits[cls]);
@@ -231,7 +273,9 @@ class Checker {
 
   // Clipped, then extended to hold 0.
   std::vector<double> zero_range(const std::vector<double>& set, Tensor t, int cls) const {
-    auto range = ref::shrunk_range(set, case_.tensor_rules(t).clip[cls]);
+    const TensorRules& rules = case_.tensor_rules(t);
+    const auto range = rules.clip_about_zero ? ref::scaled_range(set, rules.clip[cls])
+                                             : ref::shrunk_range(set, rules.clip[cls]);
     return {std::min(range[0], 0.0), std::max(range[1], 0.0)};
   }
 
@@ -290,9 +334,16 @@ std::vector<Variant> variants() {
   const auto slots = [](TensorFormat& f) { f.slot_shared = true; };
   const auto factors = [](TensorFormat& f) { f.class_factors = true; };
   const auto one_class = [](TensorFormat& f) { f.n_classes = 1; };
+  const auto token_groups = [](TensorFormat& f) { f.group_tokens = 16; };
+  const auto given = [](TensorFormat& f) { f.given_factors = true; };
+  const auto reordered = [](TensorFormat& f) { f.reordered = true; };
+  const auto high_exact = [](TensorFormat& f) { f.bits[0] = format::kExactBits; };
+  const auto low_evicted = [](TensorFormat& f) { f.bits[1] = format::kEvictedBits; };
   QuantRules clipped;
   clipped.key.clip = {0.9f, 0.7f};
   clipped.value.clip = {1.0f, 0.75f};
+  QuantRules about_zero = clipped;
+  about_zero.key.clip_about_zero = about_zero.value.clip_about_zero = true;
   QuantRules integer;
   integer.key.rounding = integer.value.rounding = Rounding::kIntegerOffset;
   const auto wide = two_classes(Granularity::kChannelwise, 8, 2);
@@ -317,6 +368,31 @@ std::vector<Variant> variants() {
       {"swapped", separable, channelwise, clipped},
       {"tokenwise_slots", with(tokenwise, slots), with(tokenwise, slots), integer},
       {"wide", wide, wide_bytes, clipped},
+      {"kivi",
+       with(with(channelwise, one_class), token_groups),
+       with(with(tokenwise, groups), one_class),
+       {}},
+      {"kivi_held_values",
+       with(with(channelwise, one_class), token_groups),
+       with(with(tokenwise, high_exact), one_class),
+       {}},
+      {"token_groups", with(channelwise, token_groups), separable, clipped},
+      {"exact_high", with(channelwise, high_exact), with(with(separable, bytes), high_exact), {}},
+      {"exact_tokenwise",
+       with(with(tokenwise, groups), high_exact),
+       with(tokenwise, high_exact),
+       {}},
+      {"evicting",
+       with(with(channelwise, high_exact), low_evicted),
+       with(with(tokenwise, high_exact), low_evicted),
+       {}},
+      {"evicting_codes",
+       with(with(tokenwise, bytes), low_evicted),
+       with(separable, low_evicted),
+       {}},
+      {"given_factors", with(with(separable, given), one_class), with(separable, given), clipped},
+      {"reordered", with(with(tokenwise, groups), reordered),
+       with(with(with(separable, given), reordered), bytes), about_zero},
   };
 }
 
@@ -334,6 +410,9 @@ TEST_P(BlockCodecReference, CodesParamsAndValues) {
                      size.value_dim, GetParam().key, GetParam().value};
     shape.key.class0_tokens = size.key_salient;
     shape.value.class0_tokens = size.value_salient;
+    if (shape.key.bits[1] == format::kEvictedBits) {
+      shape.value.class0_tokens = size.key_salient;  // evicted in both
+    }
     for (const bool on_grid : {true, false}) {
       SCOPED_TRACE(::testing::Message() << size.n_tokens << " tokens, on grid " << on_grid);
       Checker(make_case(shape, GetParam().rules, on_grid, ++seed), on_grid).check();

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <numeric>
 #include <vector>
 
@@ -28,6 +29,9 @@ struct CodecCase {
   QuantRules rules;
   std::vector<float> keys, values;
   std::vector<std::uint8_t> tiers;  // [n_kv_heads][n_tokens]
+  // What rules' spans point to; shared, so that a copy's spans stay good.
+  std::shared_ptr<std::vector<float>> given = nullptr;          // of both tensors
+  std::shared_ptr<std::vector<std::uint16_t>> order = nullptr;  // of both tensors
 
   const std::vector<float>& input(Tensor t) const { return t == Tensor::kKey ? keys : values; }
   const TensorRules& tensor_rules(Tensor t) const {
@@ -82,8 +86,32 @@ inline CodecCase make_case(const BlockShape& shape, const QuantRules& rules, boo
     return on_grid ? grid_values(rows * dim, 2 * seed + part)
                    : lifelike_values(rows * dim, dim, 2 * seed + part);
   };
-  return {shape, rules, draw(shape.key_dim, 0), draw(shape.value_dim, 1),
-          random_tiers(BlockLayout(shape), seed)};
+  CodecCase c{shape, rules, draw(shape.key_dim, 0), draw(shape.value_dim, 1),
+              random_tiers(BlockLayout(shape), seed)};
+  // Factors around 1 and a random order of channels, head by head.
+  const std::size_t row = std::size_t{shape.n_kv_heads} * std::max(shape.key_dim, shape.value_dim);
+  Philox random(seed, 4, 0);
+  c.given = std::make_shared<std::vector<float>>();
+  for (std::size_t i = 0; i < row; ++i) {
+    c.given->push_back(0.5f + static_cast<float>(random.below(64)) / 32);
+  }
+  c.order = std::make_shared<std::vector<std::uint16_t>>();
+  for (const std::uint32_t dim : {shape.key_dim, shape.value_dim}) {
+    for (std::uint32_t head = 0; head < shape.n_kv_heads; ++head) {
+      const std::size_t first = c.order->size();
+      for (std::uint32_t channel = 0; channel < dim; ++channel) {
+        c.order->push_back(static_cast<std::uint16_t>(channel));
+        std::swap(c.order->back(), (*c.order)[first + random.below(channel + 1)]);
+      }
+    }
+  }
+  const std::size_t key_row = std::size_t{shape.n_kv_heads} * shape.key_dim;
+  c.rules.key.given_factors = std::span(*c.given).first(key_row);
+  c.rules.value.given_factors =
+      std::span(*c.given).first(std::size_t{shape.n_kv_heads} * shape.value_dim);
+  c.rules.key.channel_order = std::span(*c.order).first(key_row);
+  c.rules.value.channel_order = std::span(*c.order).subspan(key_row);
+  return c;
 }
 
 // The shapes that tests start from: K 4/3 channelwise, V 3/2 channel-separable with byte

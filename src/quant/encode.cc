@@ -9,7 +9,10 @@
 #include "base/aligned.h"
 #include "base/check.h"
 #include "base/half.h"
+#include "format/block_params.h"
 #include "quant/block_codec.h"
+#include "quant/corrections.h"
+#include "quant/decode_codes.h"
 #include "quant/grid.h"
 #include "quant/row_ops.h"
 
@@ -40,9 +43,15 @@ class TensorEncoder {
         n_channels_(layout.head_dim(tensor)),
         order_(n_tokens_),
         rows_(n_tokens_ * n_channels_),
+        channels_(n_channels_),
+        unordered_(format_.reordered ? n_channels_ : 0),
         factors_(n_channels_),
         codes_(rows_.size()),
-        transposed_(tensor == Tensor::kValue ? rows_.size() : 0) {}
+        transposed_(tensor == Tensor::kValue ? rows_.size() : 0) {
+    const std::size_t row = layout.shape().n_kv_heads * n_channels_;
+    ZC_CHECK(!format_.given_factors || rules.given_factors.size() == row);
+    ZC_CHECK(!format_.reordered || rules.channel_order.size() == row);
+  }
 
   void encode() {
     const std::uint32_t n_heads = layout_.shape().n_kv_heads;
@@ -57,15 +66,26 @@ class TensorEncoder {
     }
     for (std::uint32_t head = 0; head < n_heads; ++head) {
       load(head);
+      const bool corrected = format_.rank > 0 || format_.outliers > 0;
+      const AlignedVector<float> exact = corrected ? rows_ : AlignedVector<float>();
+      if (format_.outliers > 0) {
+        set_outliers_aside(layout_, tensor_, head, rows_.data(), block_);
+      }
       for (int cls = 0; cls < format_.n_classes; ++cls) {
-        if (layout_.class_tokens(tensor_, cls) == 0) {
+        if (layout_.class_tokens(tensor_, cls) == 0 || format_.bits[cls] == format::kEvictedBits) {
           continue;
         }
-        if (format_.granularity == Granularity::kChannelwise) {
+        if (format_.bits[cls] == format::kExactBits) {
+          write_exact(head, cls);
+        } else if (format_.granularity == Granularity::kChannelwise) {
           encode_channelwise(head, cls);
         } else {
           encode_tokenwise(head, cls);
         }
+      }
+      if (corrected) {
+        decode_codes(layout_, tensor_, block_, head, rows_.data());
+        write_corrections(layout_, tensor_, head, exact.data(), rows_.data(), block_);
       }
     }
   }
@@ -73,36 +93,58 @@ class TensorEncoder {
  private:
   float* row(std::size_t slot) { return &rows_[slot * n_channels_]; }
 
-  // Fills rows_ with a head's tokens in slot order, divided by the channel factors, if any, which
-  // are stored.
+  // Fills rows_ with a head's tokens in slot order and stored channel order; those of classes with
+  // codes divided by the channel factors, if any, which are stored.
   void load(std::uint32_t head) {
     format::slot_order(layout_, block_, head, order_.data());
+    if (format_.reordered) {
+      std::memcpy(block_ + layout_.channel_order(tensor_, head),
+                  &rules_.channel_order[head * n_channels_], n_channels_ * sizeof(std::uint16_t));
+    }
+    format::channel_order(layout_, block_, tensor_, head, channels_.data());
     const std::size_t token_stride = layout_.shape().n_kv_heads * n_channels_;
     for (std::size_t slot = 0; slot < n_tokens_; ++slot) {
-      copy_finite(&input_[order_[slot] * token_stride + head * n_channels_], n_channels_,
-                  row(slot));
+      const float* in = &input_[order_[slot] * token_stride + head * n_channels_];
+      if (!format_.reordered) {
+        copy_finite(in, n_channels_, row(slot));
+        continue;
+      }
+      copy_finite(in, n_channels_, unordered_.data());
+      for (std::size_t c = 0; c < n_channels_; ++c) {
+        row(slot)[c] = unordered_[channels_[c]];
+      }
     }
-    if (format_.granularity == Granularity::kChannelSeparable) {
-      if (format_.class_factors) {
-        for (int cls = 0; cls < format_.n_classes; ++cls) {
-          const std::size_t first = layout_.first_slot(tensor_, cls);
-          divide_by_factors(head, cls, first, first + layout_.class_tokens(tensor_, cls));
-        }
-      } else {
-        divide_by_factors(head, 0, 0, n_tokens_);
+    if (format_.granularity == Granularity::kChannelSeparable && layout_.param_slots(tensor_) > 0) {
+      for (int cls = 0; cls < (format_.class_factors ? format_.n_classes : 1); ++cls) {
+        const bool whole = !format_.class_factors;
+        const std::size_t first =
+            whole ? layout_.first_param_slot(tensor_) : layout_.first_slot(tensor_, cls);
+        const std::size_t n =
+            whole ? layout_.param_slots(tensor_) : layout_.class_tokens(tensor_, cls);
+        divide_by_factors(head, cls, first, first + n);
       }
     }
   }
 
-  // Finds the channel factors of slots [begin, end), stores them and divides by them.
+  // Finds the channel factors of slots [begin, end), or takes those given, stores them and divides
+  // by them.
   void divide_by_factors(std::uint32_t head, int cls, std::size_t begin, std::size_t end) {
     std::fill(factors_.begin(), factors_.end(), 0.0f);
-    for (std::size_t slot = begin; slot < end; ++slot) {
-      track_magnitudes(row(slot), n_channels_, factors_.data());
+    if (format_.given_factors) {
+      for (std::size_t c = 0; c < n_channels_; ++c) {
+        factors_[c] = rules_.given_factors[head * n_channels_ + channels_[c]];
+      }
+    } else {
+      for (std::size_t slot = begin; slot < end; ++slot) {
+        track_magnitudes(row(slot), n_channels_, factors_.data());
+      }
+      for (float& factor : factors_) {
+        factor = std::sqrt(factor);
+      }
     }
     std::byte* out = block_ + layout_.channel_factor(tensor_, head, cls);
     for (std::size_t c = 0; c < n_channels_; ++c) {
-      factors_[c] = saturated_half(std::sqrt(factors_[c]));
+      factors_[c] = saturated_half(factors_[c]);
       factors_[c] = factors_[c] > 0 ? factors_[c] : 1.0f;
       store_half(out, c, factors_[c]);
     }
@@ -111,19 +153,47 @@ class TensorEncoder {
     }
   }
 
+  // A class of fp16 values: the matrix that codes would be, [inner][lanes].
+  void write_exact(std::uint32_t head, int cls) {
+    const std::size_t n_slots = layout_.class_tokens(tensor_, cls);
+    const std::size_t first = layout_.first_slot(tensor_, cls);
+    const std::size_t width = layout_.group_channels(tensor_);
+    for (std::uint32_t group = 0; group < layout_.n_groups(tensor_); ++group) {
+      std::byte* out = block_ + layout_.codes(tensor_, head, cls, group);
+      for (std::size_t slot = 0; slot < n_slots; ++slot) {
+        for (std::size_t c = 0; c < width; ++c) {
+          const bool is_key = tensor_ == Tensor::kKey;
+          store_half(out, is_key ? c * n_slots + slot : slot * width + c,
+                     saturated_half(row(first + slot)[group * width + c]));
+        }
+      }
+    }
+  }
+
   void encode_channelwise(std::uint32_t head, int cls) {
     const std::size_t first = layout_.first_slot(tensor_, cls);
     const std::size_t n_slots = layout_.class_tokens(tensor_, cls);
-    AlignedVector<float> low(row(first), row(first) + n_channels_), high(low);
-    for (std::size_t slot = first + 1; slot < first + n_slots; ++slot) {
-      track_ranges(row(slot), n_channels_, low.data(), high.data());
+    const std::size_t step = layout_.group_tokens(tensor_, cls);
+    for (std::uint32_t group = 0; group < layout_.n_token_groups(tensor_, cls); ++group) {
+      const std::size_t begin = group * step;
+      encode_channels(head, cls, group, first, begin, std::min(begin + step, n_slots));
+    }
+    pack(head, cls, 0);
+  }
+
+  // Codes of slots [begin, end) of a class, which share a (scale, min) per channel.
+  void encode_channels(std::uint32_t head, int cls, std::uint32_t group, std::size_t first,
+                       std::size_t begin, std::size_t end) {
+    AlignedVector<float> low(row(first + begin), row(first + begin) + n_channels_), high(low);
+    for (std::size_t slot = begin + 1; slot < end; ++slot) {
+      track_ranges(row(first + slot), n_channels_, low.data(), high.data());
     }
 
     AlignedVector<float> shift(n_channels_), divisor(n_channels_), offset(n_channels_);
-    std::byte* scales = block_ + layout_.channel_scale_min(tensor_, head, cls);
+    std::byte* scales = block_ + layout_.channel_scale_min(tensor_, head, cls, group);
     for (std::size_t c = 0; c < n_channels_; ++c) {
-      const Grid grid = half_grid(rules_.rounding, shrunk({low[c], high[c]}, rules_.clip[cls]),
-                                  format_.bits[cls]);
+      const Grid grid =
+          half_grid(rules_.rounding, clipped({low[c], high[c]}, cls), format_.bits[cls]);
       store_half(scales, c, grid.scale);
       store_half(scales, n_channels_ + c, grid.min);
       shift[c] = grid.shift;
@@ -132,11 +202,16 @@ class TensorEncoder {
     }
 
     const ChannelGrids grids{shift.data(), divisor.data(), offset.data()};
-    for (std::size_t slot = 0; slot < n_slots; ++slot) {
+    for (std::size_t slot = begin; slot < end; ++slot) {
       codes_by_channel(row(first + slot), n_channels_, grids, levels_of(format_.bits[cls]),
                        &codes_[slot * n_channels_]);
     }
-    pack(head, cls, 0);
+  }
+
+  Range clipped(const Range& range, int cls) const {
+    const float fraction = rules_.clip[cls];
+    return rules_.clip_about_zero ? Range{range.low * fraction, range.high * fraction}
+                                  : shrunk(range, fraction);
   }
 
   void encode_tokenwise(std::uint32_t head, int cls) {
@@ -169,7 +244,7 @@ class TensorEncoder {
     const std::size_t block_slot = layout_.first_slot(tensor_, cls) + slot;
     Range range = format_.slot_shared ? shared_ranges_[block_slot]
                                       : range_of(row(block_slot) + group * width, width);
-    range = shrunk(range, rules_.clip[cls]);
+    range = clipped(range, cls);
     return format_.token_params == TokenParams::kByte ? with_zero(range) : range;
   }
 
@@ -183,8 +258,9 @@ class TensorEncoder {
       const std::size_t slot = first + g % n_slots;
       std::byte* scales = block_ + layout_.token_scale_min(tensor_, head, group);
       grids[g] = half_grid(rules_.rounding, ranges[g], format_.bits[cls]);
-      store_half(scales, slot, grids[g].scale);
-      store_half(scales, n_tokens_ + slot, grids[g].min);
+      store_half(scales, slot - layout_.first_param_slot(tensor_), grids[g].scale);
+      store_half(scales + layout_.param_slots(tensor_) * sizeof(Half),
+                 slot - layout_.first_param_slot(tensor_), grids[g].min);
     }
     return grids;
   }
@@ -207,8 +283,9 @@ class TensorEncoder {
       const std::size_t slot = first + g % n_slots;
       std::byte* scales = block_ + layout_.token_scale_min(tensor_, head, group);
       const ByteGrid byte = byte_grid(ranges[g], base, bits);
-      scales[slot] = std::byte{byte.scale_code};
-      scales[n_tokens_ + slot] = std::byte{byte.zero_point};
+      const std::size_t at = slot - layout_.first_param_slot(tensor_);
+      scales[at] = std::byte{byte.scale_code};
+      scales[layout_.param_slots(tensor_) + at] = std::byte{byte.zero_point};
       grids[g] = byte.grid;
     }
     return grids;
@@ -238,7 +315,9 @@ class TensorEncoder {
   const std::size_t n_tokens_;
   const std::size_t n_channels_;
   std::vector<std::uint32_t> order_;
-  AlignedVector<float> rows_;  // [slot][channel] of the head at hand
+  AlignedVector<float> rows_;  // [slot][stored channel] of the head at hand
+  std::vector<std::uint16_t> channels_;
+  AlignedVector<float> unordered_;
   AlignedVector<float> factors_;
   std::vector<Range> shared_ranges_;
   std::vector<std::uint8_t> codes_, transposed_;
@@ -271,7 +350,38 @@ void encode_block(const BlockLayout& layout, const QuantRules& rules, std::span<
 void replace_keys(const BlockLayout& layout, const QuantRules& rules, std::span<const float> keys,
                   std::byte* block) {
   ZC_CHECK(keys.size() == tensor_size(layout, Tensor::kKey));
-  TensorEncoder(layout, Tensor::kKey, rules.key, keys, block).encode();
+  // What was given when the block was made stays: it is read back from the block.
+  const std::size_t dim = layout.shape().key_dim, n_heads = layout.shape().n_kv_heads;
+  std::vector<std::uint16_t> order(dim * n_heads);
+  std::vector<float> factors(dim * n_heads), stored(dim);
+  TensorRules kept = rules.key;
+  for (std::uint32_t head = 0; head < n_heads; ++head) {
+    format::channel_order(layout, block, Tensor::kKey, head, &order[head * dim]);
+    if (layout.shape().key.given_factors) {
+      format::load_halves(block + layout.channel_factor(Tensor::kKey, head, 0), dim, stored.data());
+      for (std::size_t c = 0; c < dim; ++c) {
+        factors[head * dim + order[head * dim + c]] = stored[c];
+      }
+    }
+  }
+  kept.channel_order = order;
+  kept.given_factors = factors;
+  TensorEncoder(layout, Tensor::kKey, kept, keys, block).encode();
+}
+
+void replace_values(const BlockLayout& from, const std::byte* block, const BlockLayout& layout,
+                    const TensorRules& rules, std::span<const float> values, std::byte* out) {
+  ZC_CHECK(from.shape().key == layout.shape().key &&
+           from.shape().n_tokens == layout.shape().n_tokens);
+  ZC_CHECK(values.size() == tensor_size(layout, Tensor::kValue));
+  std::memset(out, 0, layout.total_bytes());
+  std::vector<std::uint8_t> tiers(layout.shape().n_tokens);
+  for (std::uint32_t head = 0; head < layout.shape().n_kv_heads; ++head) {
+    format::read_tiers(from, block, head, tiers.data());
+    format::write_tiers(layout, out, head, tiers.data());
+    format::copy_tensor(from, block, layout, out, Tensor::kKey, head);
+  }
+  TensorEncoder(layout, Tensor::kValue, rules, values, out).encode();
 }
 
 }  // namespace zipcache::quant

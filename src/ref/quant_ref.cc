@@ -76,6 +76,11 @@ std::vector<double> shrunk_range(std::span<const double> set, double fraction) {
   return {centre - half_width, centre + half_width};
 }
 
+std::vector<double> scaled_range(std::span<const double> set, double fraction) {
+  const auto [low, high] = std::minmax_element(set.begin(), set.end());
+  return {*low * fraction, *high * fraction};
+}
+
 Quantized channelwise(std::span<const double> x, std::size_t /*rows*/, std::size_t columns,
                       int bits) {
   return quantize_columns(x, columns, bits, float_min_params, float_min_code);

@@ -35,6 +35,9 @@ int integer_offset_code(double x, const QuantParams& params, int bits);
 // The range [low, high] of a set shrunk about its centre to `fraction` of its width.
 std::vector<double> shrunk_range(std::span<const double> set, double fraction);
 
+// The range of a set with both ends multiplied by `fraction` (SKVQ's clipping).
+std::vector<double> scaled_range(std::span<const double> set, double fraction);
+
 // One (scale, min) per channel, over all tokens; params[column].
 Quantized channelwise(std::span<const double> x, std::size_t rows, std::size_t columns, int bits);
 Quantized channelwise_integer_offset(std::span<const double> x, std::size_t rows,

@@ -24,4 +24,11 @@ std::vector<double> normalized_scores(std::span<const double> a,
 std::vector<double> official_scores(std::span<const double> a, std::size_t n_tokens,
                                     std::span<const std::size_t> rows);
 
+// RoCo (arXiv 2402.06262), tokens from the least to the most important: MAS = S / n and sigma =
+// sqrt(SS / n - MAS^2) over the rows that see a token; the floor(0.3 n_tokens) of largest sigma are
+// above all others; MAS decides within each part.
+std::vector<std::size_t> roco_ranking(std::span<const double> a,
+                                      std::span<const std::uint8_t> visible, std::size_t n_tokens,
+                                      std::span<const std::size_t> rows);
+
 }  // namespace zipcache::ref

@@ -51,6 +51,15 @@ std::vector<std::uint32_t> select_probes(ProbeRule rule, std::uint32_t n_rows,
   if (n_rows == 0) {
     return {};
   }
+  if (rule == ProbeRule::kSpecial) {
+    std::vector<std::uint32_t> rows;
+    for (const std::uint32_t position : key.special) {
+      if (position >= key.ordinal && position - key.ordinal < n_rows) {
+        rows.push_back(position - key.ordinal);
+      }
+    }
+    return rows;
+  }
   const ProbeCounts counts = count_probes(rule, n_rows);
   const std::uint32_t n_others = n_rows - counts.n_recent;
   Philox random(key.seed, key.layer, key.ordinal);

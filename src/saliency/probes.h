@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <vector>
 
 namespace zipcache::saliency {
@@ -15,12 +16,14 @@ enum class ProbeRule : std::uint8_t {
   kRecent,    // as kDefault, newest rows only (10 %)
   kRandom,    // as kDefault, random rows only (10 %)
   kLast,      // the last row only
+  kSpecial,   // rows at given positions of the sequence (special tokens, punctuation, ...)
 };
 
 struct ProbeKey {
   std::uint64_t seed = 0;
   std::uint32_t layer = 0;
   std::uint32_t ordinal = 0;  // tokens of the sequence before this chunk: makes chunks differ
+  std::span<const std::uint32_t> special{};  // kSpecial: ascending positions in the sequence
 };
 
 // Ascending row indices in [0, n_rows) (kOfficial: with repetitions). Deterministic in its

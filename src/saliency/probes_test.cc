@@ -162,5 +162,16 @@ TEST(Probes, GoldenDraws) {
             (Rows{0, 2, 7, 8, 11, 12, 15, 16, 18, 19, 24, 28, 33, 46, 47, 63}));
 }
 
+TEST(Probes, SpecialRowsAreThoseOfTheirPositions) {
+  const std::vector<std::uint32_t> special{0, 3, 99, 100, 163, 164};
+  const auto rows = [&](std::uint32_t n_rows, std::uint32_t ordinal) {
+    return select_probes(ProbeRule::kSpecial, n_rows, {.ordinal = ordinal, .special = special});
+  };
+  EXPECT_EQ(rows(100, 0), (Rows{0, 3, 99}));
+  EXPECT_EQ(rows(64, 100), (Rows{0, 63}));
+  EXPECT_EQ(rows(1, 164), Rows{0});
+  EXPECT_EQ(rows(1, 165), Rows{});
+}
+
 }  // namespace
 }  // namespace zipcache::saliency

@@ -14,6 +14,7 @@ namespace zipcache::saliency {
 namespace {
 
 constexpr std::uint32_t kWholeBp = 10000;
+constexpr std::size_t kRocoProtectedBp = 3000;
 constexpr std::uint32_t kRandomScoreStream = 0xffffffffu;  // no layer: apart from the probes' draws
 
 float ratio_or_zero(float mass, std::uint32_t count) {
@@ -31,12 +32,33 @@ std::uint64_t order_key(float score, std::uint32_t position) {
   return std::uint64_t{rank} << 32 | position;
 }
 
+// sqrt(SS / n - MAS^2) orders as its square does.
+void roco_scores(const Statistics& tokens, std::span<float> scores) {
+  std::vector<std::uint64_t> by_variance(scores.size());
+  float highest_mean = 0.0f;
+  for (std::size_t token = 0; token < scores.size(); ++token) {
+    const float mean = ratio_or_zero(tokens.mass[token], tokens.seen[token]);
+    const float variance = ratio_or_zero(tokens.squares[token], tokens.seen[token]) - mean * mean;
+    by_variance[token] = order_key(variance, static_cast<std::uint32_t>(token));
+    scores[token] = mean;
+    highest_mean = std::max(highest_mean, mean);
+  }
+  const std::size_t n_protected = scores.size() * kRocoProtectedBp / kWholeBp;
+  const auto end = by_variance.begin() + static_cast<std::ptrdiff_t>(n_protected);
+  if (n_protected < scores.size()) {
+    std::nth_element(by_variance.begin(), end, by_variance.end(), std::greater<>());
+  }
+  for (auto key = by_variance.begin(); key != end; ++key) {
+    scores[*key & 0xffffffffu] += 2.0f * highest_mean + 1.0f;  // above every token that is not
+  }
+}
+
 }  // namespace
 
-void scores_from_mass(Metric metric, std::span<const float> mass,
-                      std::span<const std::uint32_t> seen, std::span<const std::uint32_t> ages,
-                      std::uint64_t seed, std::span<float> scores) {
+void token_scores(Metric metric, const Statistics& tokens, std::uint64_t seed,
+                  std::span<float> scores) {
   const std::size_t n_tokens = scores.size();
+  const auto& [mass, squares, seen, ages] = tokens;
   switch (metric) {
     case Metric::kNormalized:
       ZC_CHECK(mass.size() == n_tokens && seen.size() == n_tokens);
@@ -45,6 +67,7 @@ void scores_from_mass(Metric metric, std::span<const float> mass,
       }
       return;
     case Metric::kAccumulated:
+    case Metric::kLastToken:
       ZC_CHECK(mass.size() == n_tokens && seen.size() == n_tokens);
       for (std::size_t token = 0; token < n_tokens; ++token) {
         scores[token] = seen[token] == 0 ? 0.0f : mass[token];
@@ -63,6 +86,10 @@ void scores_from_mass(Metric metric, std::span<const float> mass,
       }
       return;
     }
+    case Metric::kRoco:
+      ZC_CHECK(mass.size() == n_tokens && squares.size() == n_tokens && seen.size() == n_tokens);
+      roco_scores(tokens, scores);
+      return;
     case Metric::kLocality:
       ZC_CHECK(ages.size() == n_tokens);
       for (std::size_t token = 0; token < n_tokens; ++token) {

@@ -12,16 +12,25 @@ enum class Metric : std::uint8_t {
   kOfficial,     // mass / (L - position in the chunk): the published code's normaliser
   kRandom,       // seeded random order
   kLocality,     // newest first
+  kLastToken,    // mass, of the last query row that sees the token alone (no sum)
+  kRoco,         // the 30 % of the tokens with the largest deviation of their attention first, the
+                 // others, and they among themselves, by mean attention (arXiv 2402.06262); the
+                 // mean alone is kNormalized with every row as a probe
 };
 
-// scores[i] from mass[i] >= 0 and seen[i] (probe rows that could see token i; 0 gives score 0).
-// `ages[i]`: number of tokens of the sequence after token i, itself included (L - i). Spans that a
-// metric does not use may be empty: kRandom uses none of the three, kLocality only `ages`.
-// `seed`: for kRandom; the same seed gives the same order, so it must differ between layers, heads
-// and blocks.
-void scores_from_mass(Metric metric, std::span<const float> mass,
-                      std::span<const std::uint32_t> seen, std::span<const std::uint32_t> ages,
-                      std::uint64_t seed, std::span<float> scores);
+// What is known of the tokens that are to be ranked; spans are as long as there are tokens. Those
+// that a metric does not use may be empty: kRandom uses none, kLocality only `ages`.
+struct Statistics {
+  std::span<const float> mass;          // >= 0, attention of the probe rows, summed
+  std::span<const float> squares;       // kRoco: the sum of the squares of each row's attention
+  std::span<const std::uint32_t> seen;  // probe rows that could see the token; 0 gives score 0
+  std::span<const std::uint32_t> ages;  // tokens of the sequence from it on, itself included
+};
+
+// scores[i]: the higher, the more salient. `seed`: for kRandom; the same seed gives the same order,
+// so it must differ between layers, heads and blocks.
+void token_scores(Metric metric, const Statistics& tokens, std::uint64_t seed,
+                  std::span<float> scores);
 
 // Tokens of the salient class: ratio in basis points (6000 = 60 %), n_lo = floor((1 - r) n) in
 // integers. With multiple > 1 the count of salient tokens is rounded to the nearest multiple (ties

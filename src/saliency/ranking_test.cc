@@ -11,6 +11,7 @@
 
 #include "base/check.h"
 #include "base/philox.h"
+#include "ref/saliency_ref.h"
 
 namespace zipcache::saliency {
 namespace {
@@ -33,7 +34,7 @@ std::vector<float> golden_scores(Metric metric, const std::vector<std::size_t>& 
     }
   }
   std::vector<float> scores(4, -1.0f);
-  scores_from_mass(metric, mass, seen, kAges, 0, scores);
+  token_scores(metric, {mass, {}, seen, kAges}, 0, scores);
   return scores;
 }
 
@@ -60,7 +61,7 @@ TEST(Scores, UnseenTokensScoreZero) {
   const std::vector<std::uint32_t> ages{2, 1};
   for (const Metric metric : {Metric::kNormalized, Metric::kAccumulated, Metric::kOfficial}) {
     std::vector<float> scores(2, -1.0f);
-    scores_from_mass(metric, mass, seen, ages, 0, scores);
+    token_scores(metric, {mass, {}, seen, ages}, 0, scores);
     EXPECT_EQ(scores[0], 0.0f);
     EXPECT_GT(scores[1], 0.0f);
   }
@@ -68,16 +69,16 @@ TEST(Scores, UnseenTokensScoreZero) {
 
 TEST(Scores, LocalityRanksNewestHighest) {
   std::vector<float> scores(4);
-  scores_from_mass(Metric::kLocality, {}, {}, kAges, 0, scores);
+  token_scores(Metric::kLocality, {{}, {}, {}, kAges}, 0, scores);
   EXPECT_TRUE(std::is_sorted(scores.begin(), scores.end()));
   EXPECT_LT(scores[2], scores[3]);
 }
 
 TEST(Scores, RandomDependsOnTheSeedOnly) {
   std::vector<float> once(100), again(100), other(100);
-  scores_from_mass(Metric::kRandom, {}, {}, {}, 5, once);
-  scores_from_mass(Metric::kRandom, {}, {}, {}, 5, again);
-  scores_from_mass(Metric::kRandom, {}, {}, {}, 6, other);
+  token_scores(Metric::kRandom, {}, 5, once);
+  token_scores(Metric::kRandom, {}, 5, again);
+  token_scores(Metric::kRandom, {}, 6, other);
   EXPECT_EQ(once, again);
   EXPECT_NE(once, other);
   EXPECT_EQ(std::set<float>(once.begin(), once.end()).size(), once.size());
@@ -89,10 +90,45 @@ TEST(Scores, SpansMustMatch) {
   std::vector<float> scores(3);
   const std::vector<float> mass(3);
   const std::vector<std::uint32_t> three(3), two(2);
-  EXPECT_THROW(scores_from_mass(Metric::kNormalized, mass, two, three, 0, scores),
+  EXPECT_THROW(token_scores(Metric::kNormalized, {mass, {}, two, three}, 0, scores),
                ContractViolation);
-  EXPECT_THROW(scores_from_mass(Metric::kOfficial, mass, three, two, 0, scores), ContractViolation);
-  EXPECT_THROW(scores_from_mass(Metric::kLocality, mass, three, two, 0, scores), ContractViolation);
+  EXPECT_THROW(token_scores(Metric::kOfficial, {mass, {}, three, two}, 0, scores),
+               ContractViolation);
+  EXPECT_THROW(token_scores(Metric::kLocality, {mass, {}, three, two}, 0, scores),
+               ContractViolation);
+}
+
+TEST(Scores, RocoProtectsLargeDeviations) {
+  constexpr std::size_t kTokens = 20, kRows = 10;
+  Philox random(3, 0, 0);
+  std::vector<double> a(kTokens * kRows);
+  for (double& weight : a) {
+    weight = random.below(1000) * 1e-3;
+  }
+  std::vector<std::size_t> rows(kRows);
+  std::iota(rows.begin(), rows.end(), std::size_t{0});
+  const std::vector<std::uint8_t> visible(a.size(), 1);
+  std::vector<float> mass(kTokens), squares(kTokens), scores(kTokens);
+  for (std::size_t at = 0; at < a.size(); ++at) {
+    mass[at % kTokens] += static_cast<float>(a[at]);
+    squares[at % kTokens] += static_cast<float>(a[at] * a[at]);
+  }
+  const std::vector<std::uint32_t> seen(kTokens, kRows);
+  token_scores(Metric::kRoco, {mass, squares, seen, {}}, 0, scores);
+  const std::vector<std::size_t> expected = ref::roco_ranking(a, visible, kTokens, rows);
+  for (std::size_t rank = 1; rank < kTokens; ++rank) {
+    EXPECT_GT(scores[expected[rank]], scores[expected[rank - 1]]) << rank;
+  }
+}
+
+TEST(Scores, RocoOfFewTokensProtectsNone) {
+  for (const std::size_t n : {0u, 1u, 2u, 3u}) {
+    const std::vector<float> mass(n, 0.5f), squares(n, 0.3f);
+    const std::vector<std::uint32_t> seen(n, 1);
+    std::vector<float> scores(n);
+    token_scores(Metric::kRoco, {mass, squares, seen, {}}, 0, scores);
+    EXPECT_EQ(scores, std::vector<float>(n, 0.5f));
+  }
 }
 
 TEST(SalientTokens, FloorsRegularTokensInIntegers) {

@@ -1,0 +1,23 @@
+#include "policy/method.h"
+
+namespace zipcache::policy {
+
+std::span<const Method> methods() {
+  static const std::vector<Method> all = {
+      zipcache_method(),
+      fp16_method(),
+      uniform_method(),
+      kivi_method(),
+  };
+  return all;
+}
+
+std::vector<std::string_view> method_names() {
+  std::vector<std::string_view> names;
+  for (const Method& method : methods()) {
+    names.push_back(method.name);
+  }
+  return names;
+}
+
+}  // namespace zipcache::policy
