@@ -1,0 +1,96 @@
+#include "bench/bench_command.h"
+
+#include <CLI/CLI.hpp>
+#include <charconv>
+#include <string>
+#include <vector>
+
+#include "bench/op_bench.h"
+#include "bench/record.h"
+#include "cli/run_options.h"
+
+namespace zipcache::bench {
+namespace {
+
+// "32/8x128": query heads, KV heads, head size.
+Expected<AttentionShape> parse_shape(const std::string& text) {
+  AttentionShape shape;
+  const char* at = text.data();
+  const char* const end = at + text.size();
+  for (const auto& [number, separator] : {std::pair{&shape.n_heads, '/'},
+                                         {&shape.n_kv_heads, 'x'},
+                                         {&shape.head_dim, '\0'}}) {
+    const auto [stop, code] = std::from_chars(at, end, *number);
+    const bool ends_well = separator == '\0' ? stop == end : stop != end && *stop == separator;
+    if (code != std::errc{} || !ends_well || *number == 0) {
+      return invalid_argument("shape '" + text + "': expected HEADS/KV_HEADSxHEAD_DIM, as 32/8x128");
+    }
+    at = stop + 1;
+  }
+  if (shape.n_heads % shape.n_kv_heads != 0) {
+    return invalid_argument("shape '" + text + "': KV heads must divide query heads");
+  }
+  return shape;
+}
+
+}  // namespace
+
+struct BenchCommand::Impl {
+  CLI::App* op = nullptr;
+  OpOptions op_options;
+  std::vector<std::string> shape_texts{"32/8x128", "9/3x64"};
+  std::string json_path;
+  std::string command_line;
+
+  void add_op(CLI::App& command) {
+    op = command.add_subcommand("op", "Attention alone, beside ggml_flash_attn_ext");
+    op->add_option("--shapes", shape_texts, "HEADS/KV_HEADSxHEAD_DIM, as 32/8x128")->delimiter(',');
+    op->add_option("--n-kv", op_options.n_kv, "tokens in the cache")->delimiter(',');
+    op->add_option("--n-query", op_options.n_query, "of these, the newest that attend")
+        ->delimiter(',');
+    op->add_option("-t,--threads", op_options.threads)->delimiter(',');
+    op->add_option("--peers", op_options.peers, "llama.cpp's cache types")->delimiter(',');
+    op->add_option("--rounds", op_options.rounds, "measurements of each, in turn");
+    op->add_flag("--warm", op_options.is_warm, "don't flush the processor's caches in between");
+    op->add_option("--isa", op_options.isa, "kernels to use (default: the best)");
+    cli::add_setting_options(*op, op_options.settings);
+  }
+
+  Status run_op() {
+    op_options.shapes.clear();
+    for (const std::string& text : shape_texts) {
+      const Expected<AttentionShape> shape = parse_shape(text);
+      if (!shape) {
+        return shape.error();
+      }
+      op_options.shapes.push_back(*shape);
+    }
+    return write(bench_op(op_options));
+  }
+
+  Status write(Expected<std::vector<nlohmann::json>> records) const {
+    if (!records) {
+      return records.error();
+    }
+    for (nlohmann::json& record : *records) {
+      record["run"] = run_meta(command_line);
+    }
+    return append_records(json_path, *records);
+  }
+};
+
+BenchCommand::BenchCommand(CLI::App& command) : impl_(std::make_unique<Impl>()) {
+  command.require_subcommand(1);
+  command.fallthrough();
+  command.add_option("--json", impl_->json_path, "append the measurements, one JSON object a line")
+      ->type_name("FILE");
+  impl_->add_op(command);
+}
+
+BenchCommand::~BenchCommand() = default;
+
+Status BenchCommand::run() {
+  return impl_->run_op();
+}
+
+}  // namespace zipcache::bench
