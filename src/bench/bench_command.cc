@@ -5,7 +5,9 @@
 #include <string>
 #include <vector>
 
+#include "bench/model_bench.h"
 #include "bench/op_bench.h"
+#include "bench/random_model.h"
 #include "bench/record.h"
 #include "cli/run_options.h"
 
@@ -37,6 +39,9 @@ Expected<AttentionShape> parse_shape(const std::string& text) {
 
 struct BenchCommand::Impl {
   CLI::App* op = nullptr;
+  CLI::App* model = nullptr;
+  ModelOptions model_options;
+  std::string model_shape_name;
   OpOptions op_options;
   std::vector<std::string> shape_texts{"32/8x128", "9/3x64"};
   std::string json_path;
@@ -68,6 +73,37 @@ struct BenchCommand::Impl {
     return write(bench_op(op_options));
   }
 
+  void add_model(CLI::App& command) {
+    model = command.add_subcommand("model", "A whole model by depth, columns of llama-bench");
+    model->add_option("-m,--model", model_options.model_path, "a GGUF file")->type_name("FILE");
+    model->add_option("--shape", model_shape_name,
+                      "random weights instead, written to --model unless there: " +
+                          model_shape_names());
+    model->add_option("-d,--depths", model_options.depths, "tokens in the cache")->delimiter(',');
+    model->add_option("-p,--n-prompt", model_options.n_prompt, "tokens read at each depth");
+    model->add_option("-n,--n-gen", model_options.n_generate, "tokens generated at each depth");
+    model->add_option("-t,--threads", model_options.threads)->delimiter(',');
+    model->add_option("--peers", model_options.peers, "llama.cpp's cache types")->delimiter(',');
+    model->add_option("--rounds", model_options.rounds, "measurements of each, in turn");
+    cli::add_plugin_option(*model, model_options.plugin_path);
+    cli::add_setting_options(*model, model_options.settings);
+    model->get_option("--model")->required();
+  }
+
+  Status run_model() {
+    if (!model_shape_name.empty()) {
+      const Expected<ModelShape> shape = model_shape(model_shape_name);
+      if (!shape) {
+        return shape.error();
+      }
+      constexpr std::uint64_t kSeed = 1;
+      if (Status written = write_random_model(*shape, kSeed, model_options.model_path); !written) {
+        return written;
+      }
+    }
+    return write(bench_model(model_options));
+  }
+
   Status write(Expected<std::vector<nlohmann::json>> records) const {
     if (!records) {
       return records.error();
@@ -85,12 +121,11 @@ BenchCommand::BenchCommand(CLI::App& command) : impl_(std::make_unique<Impl>()) 
   command.add_option("--json", impl_->json_path, "append the measurements, one JSON object a line")
       ->type_name("FILE");
   impl_->add_op(command);
+  impl_->add_model(command);
 }
 
 BenchCommand::~BenchCommand() = default;
 
-Status BenchCommand::run() {
-  return impl_->run_op();
-}
+Status BenchCommand::run() { return impl_->op->parsed() ? impl_->run_op() : impl_->run_model(); }
 
 }  // namespace zipcache::bench
