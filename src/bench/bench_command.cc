@@ -54,7 +54,7 @@ struct BenchCommand::Impl {
     op->add_option("--n-query", op_options.n_query, "of these, the newest that attend")
         ->delimiter(',');
     op->add_option("-t,--threads", op_options.threads)->delimiter(',');
-    op->add_option("--peers", op_options.peers, "llama.cpp's cache types")->delimiter(',');
+    op->add_option("--peers", op_options.peers, "llama.cpp's cache types, or none")->delimiter(',');
     op->add_option("--rounds", op_options.rounds, "measurements of each, in turn");
     op->add_flag("--warm", op_options.is_warm, "don't flush the processor's caches in between");
     op->add_option("--isa", op_options.isa, "kernels to use (default: the best)");
@@ -63,6 +63,7 @@ struct BenchCommand::Impl {
 
   Status run_op() {
     op_options.shapes.clear();
+    std::erase(op_options.peers, "none");
     for (const std::string& text : shape_texts) {
       const Expected<AttentionShape> shape = parse_shape(text);
       if (!shape) {
