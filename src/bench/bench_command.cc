@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "bench/kernel_bench.h"
 #include "bench/model_bench.h"
 #include "bench/op_bench.h"
 #include "bench/random_model.h"
@@ -39,7 +40,9 @@ Expected<AttentionShape> parse_shape(const std::string& text) {
 
 struct BenchCommand::Impl {
   CLI::App* op = nullptr;
+  CLI::App* kernels = nullptr;
   CLI::App* model = nullptr;
+  KernelOptions kernel_options;
   ModelOptions model_options;
   std::string model_shape_name;
   OpOptions op_options;
@@ -72,6 +75,18 @@ struct BenchCommand::Impl {
       op_options.shapes.push_back(*shape);
     }
     return write(bench_op(op_options));
+  }
+
+  void add_kernels(CLI::App& command) {
+    kernels = command.add_subcommand("kernels", "Products with packed codes, one thread");
+    kernels->add_option("--isas", kernel_options.isas, "tables (default: all that can run here)")
+        ->delimiter(',');
+    kernels->add_option("--widths", kernel_options.widths, "bits; 16 is fp16")->delimiter(',');
+    kernels->add_option("--rows", kernel_options.rows, "rows of the other operand")->delimiter(',');
+    kernels->add_option("--dims", kernel_options.dims, "head sizes")->delimiter(',');
+    kernels->add_option("--n-tokens", kernel_options.n_tokens, "tokens of a block");
+    kernels->add_option("--rounds", kernel_options.rounds, "measurements of each, in turn");
+    kernels->add_flag("--warm", kernel_options.is_warm, "matrices in the processor's caches");
   }
 
   void add_model(CLI::App& command) {
@@ -122,11 +137,17 @@ BenchCommand::BenchCommand(CLI::App& command) : impl_(std::make_unique<Impl>()) 
   command.add_option("--json", impl_->json_path, "append the measurements, one JSON object a line")
       ->type_name("FILE");
   impl_->add_op(command);
+  impl_->add_kernels(command);
   impl_->add_model(command);
 }
 
 BenchCommand::~BenchCommand() = default;
 
-Status BenchCommand::run() { return impl_->op->parsed() ? impl_->run_op() : impl_->run_model(); }
+Status BenchCommand::run() {
+  if (impl_->kernels->parsed()) {
+    return impl_->write(bench_kernels(impl_->kernel_options));
+  }
+  return impl_->op->parsed() ? impl_->run_op() : impl_->run_model();
+}
 
 }  // namespace zipcache::bench

@@ -114,7 +114,9 @@ class OpBench {
     const double read = double(bytes.total() - bytes.slack) / middle;
     const double flops = operations(shape, n_kv, n_query) / middle;
     const double read_share = read / peaks.read_bytes_per_s;
-    const double fma_share = flops / peaks.fma_flops_per_s;
+    const bool has_dot = peaks.dot_flops_per_s > 0;
+    const double flops_share =
+        flops / (has_dot ? peaks.dot_flops_per_s : peaks.fma_flops_per_s);
     nlohmann::json record = {
         {"bench", "op"},
         {"shape",
@@ -131,7 +133,8 @@ class OpBench {
         {"peak_bytes_per_s", peaks.read_bytes_per_s},
         {"flops_per_s", flops},
         {"peak_flops_per_s", peaks.fma_flops_per_s},
-        {"binds", read_share > fma_share ? "memory" : "compute"},
+        {"peak_dot_flops_per_s", peaks.dot_flops_per_s},
+        {"binds", read_share > flops_share ? "memory" : "compute"},
         {"peers", nlohmann::json::object()},
         {"peer_spread", nlohmann::json::object()},
         {"device", kernels_->isa},
@@ -150,7 +153,7 @@ class OpBench {
                "{:.1f} GB/s {:.0f} %  {:.0f} GFLOP/s {:.0f} %{}\n",
                shape.n_heads, shape.n_kv_heads, shape.head_dim, n_kv, n_query, n_threads,
                kernels_->isa, middle * 1e3, median(commit_seconds) * 1e3, read / 1e9,
-               100 * read_share, flops / 1e9, 100 * fma_share, versus);
+               100 * read_share, flops / 1e9, 100 * flops_share, versus);
     std::fflush(stdout);
     records_.push_back(std::move(record));
   }

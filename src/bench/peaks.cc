@@ -17,7 +17,7 @@ namespace zipcache::bench {
 namespace {
 
 constexpr std::size_t kStreamBytes = std::size_t{256} << 20;  // beyond any last-level cache
-constexpr std::size_t kFmaSteps = 2'000'000;
+constexpr std::size_t kSteps = 2'000'000;
 constexpr int kRounds = 5;
 
 // Operations done: `kChains` independent multiply-adds a step, more than latency (4 cycles) times
@@ -29,41 +29,68 @@ constexpr int kChains = 12;
 [[gnu::target("avx512f")]] double multiply_add_avx512() {
   __m512 sum[kChains] = {};
   const __m512 x = _mm512_set1_ps(0.999f);
-  for (std::size_t step = 0; step < kFmaSteps; ++step) {
+  for (std::size_t step = 0; step < kSteps; ++step) {
 #pragma GCC unroll 12
     for (auto& chain : sum) {
       chain = _mm512_fmadd_ps(chain, x, x);
       __asm__ volatile("" : "+v"(chain));
     }
   }
-  return 2.0 * 16 * kChains * kFmaSteps;
+  return 2.0 * 16 * kChains * kSteps;
+}
+
+[[gnu::target("avx512f,avx512vnni")]] double dot_avx512() {
+  __m512i sum[kChains] = {};
+  const __m512i x = _mm512_set1_epi8(1);
+  for (std::size_t step = 0; step < kSteps; ++step) {
+#pragma GCC unroll 12
+    for (auto& chain : sum) {
+      chain = _mm512_dpbusd_epi32(chain, x, x);
+      __asm__ volatile("" : "+v"(chain));
+    }
+  }
+  return 2.0 * 64 / 2 * kChains * kSteps;
+}
+
+[[gnu::target("avx2")]] double dot_avx2() {
+  __m256i sum[kChains] = {};
+  __m256i x = _mm256_set1_epi16(1);
+  for (std::size_t step = 0; step < kSteps; ++step) {
+#pragma GCC unroll 12
+    for (auto& chain : sum) {
+      __asm__ volatile("" : "+x"(x));  // the product is formed each time
+      chain = _mm256_add_epi32(chain, _mm256_madd_epi16(x, x));
+      __asm__ volatile("" : "+x"(chain));
+    }
+  }
+  return 2.0 * 16 * kChains * kSteps;
 }
 
 [[gnu::target("avx2,fma")]] double multiply_add_avx2() {
   __m256 sum[kChains] = {};
   const __m256 x = _mm256_set1_ps(0.999f);
-  for (std::size_t step = 0; step < kFmaSteps; ++step) {
+  for (std::size_t step = 0; step < kSteps; ++step) {
 #pragma GCC unroll 12
     for (auto& chain : sum) {
       chain = _mm256_fmadd_ps(chain, x, x);
       __asm__ volatile("" : "+x"(chain));
     }
   }
-  return 2.0 * 8 * kChains * kFmaSteps;
+  return 2.0 * 8 * kChains * kSteps;
 }
 
 #endif
 
 double multiply_add_scalar() {
   float sum[kChains] = {};
-  for (std::size_t step = 0; step < kFmaSteps; ++step) {
+  for (std::size_t step = 0; step < kSteps; ++step) {
 #pragma GCC unroll 12
     for (float& chain : sum) {
       chain = chain * 0.999f + 0.999f;
       __asm__ volatile("" : "+m"(chain));
     }
   }
-  return 2.0 * kChains * kFmaSteps;
+  return 2.0 * kChains * kSteps;
 }
 
 double multiply_add(std::string_view isa) {
@@ -76,6 +103,18 @@ double multiply_add(std::string_view isa) {
   }
 #endif
   return multiply_add_scalar();
+}
+
+double dot(std::string_view isa) {
+#if defined(__x86_64__)
+  if (isa == "avx512") {
+    return dot_avx512();
+  }
+  if (isa != "scalar") {
+    return dot_avx2();
+  }
+#endif
+  return 0.0;
 }
 
 std::uint64_t read(const std::uint64_t* data, std::size_t n) {
@@ -121,8 +160,11 @@ Peaks measure_peaks(std::string_view isa, std::uint32_t n_threads) {
       fastest(n_threads, [&](std::uint32_t ith) { sink = read(&memory[ith * part], part); });
   const double fma_seconds =
       fastest(n_threads, [&](std::uint32_t ith) { flops[ith] = multiply_add(isa); });
-  return {double(part * n_threads * sizeof(std::uint64_t)) / read_seconds,
-          flops[0] * n_threads / fma_seconds};
+  const double fma_flops = flops[0] * n_threads / fma_seconds;
+  const double dot_seconds =
+      fastest(n_threads, [&](std::uint32_t ith) { flops[ith] = dot(isa); });
+  return {double(part * n_threads * sizeof(std::uint64_t)) / read_seconds, fma_flops,
+          flops[0] * n_threads / dot_seconds};
 }
 
 void flush_caches() { sink = read(stream_memory().data(), stream_memory().size()); }
