@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Usage: tools/check_isa_symbols.sh [PRESET]     (default: release)
 #
-# The kernels' AVX2 and AVX-512 translation units may define no weak or unique symbol: the linker
+# The kernels' AVX2, AVX-VNNI and AVX-512 translation units may define no weak or unique symbol: the linker
 # keeps one copy of such a symbol for the whole program, and if it keeps the one compiled for
 # AVX-512, a machine without it dies in an innocent std:: function.
 set -euo pipefail
@@ -14,7 +14,7 @@ if [[ ! -d build/$preset ]]; then
 fi
 
 mapfile -t objects < <(find "build/$preset" -regextype posix-extended -type f \
-  -regex '.*/kernels/(.*[/_])?avx(2|512)[^/]*(/.*)?\.o' ! -name '*_test.cc.o' | sort)
+  -regex '.*/kernels/(.*[/_])?avx(2|512|vnni)[^/]*(/.*)?\.o' ! -name '*_test.cc.o' | sort)
 if ((${#objects[@]} == 0)); then
   echo "isa symbols: no object files of per-ISA translation units in build/$preset" >&2
   exit 1

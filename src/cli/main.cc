@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "bench/bench_command.h"
 #include "cli/run_command.h"
 #include "cli/run_options.h"
 #include "cli/version_command.h"
@@ -46,6 +47,8 @@ int dispatch(int argc, char** argv) {
   CLI::App* version_app = app.add_subcommand("version", "Version; -v for all that is loaded");
   version_app->add_flag("-v,--verbose", version_options.is_verbose, "plug-in, kernels, devices");
   add_plugin_option(*version_app, version_options.plugin_path);
+  CLI::App* bench_app = app.add_subcommand("bench", "Speed beside llama.cpp's own cache types");
+  bench::BenchCommand bench_command(*bench_app);
 
   try {
     app.parse(reversed_arguments(argc, argv));
@@ -60,6 +63,10 @@ int dispatch(int argc, char** argv) {
   if (version_app->parsed()) {
     print_version(version_options);
     return kOk;
+  }
+  if (bench_app->parsed()) {
+    const Status done = bench_command.run();
+    return done ? kOk : fail(kFailed, done.error().message);
   }
   const Expected<RunEnd> end = run(run_options);
   if (!end) {

@@ -84,26 +84,21 @@ std::string flag_of(const std::string& setting) {
   return setting == "seed" ? "--probe-seed" : "--" + setting;
 }
 
-void add_cache_options(CLI::App& command, RunOptions& options) {
-  constexpr const char* kGroup = "KV cache";
-  command
-      .add_flag("--plain", options.is_plain,
-                "llama.cpp's own FP16 cache on the CPU instead, for comparison")
-      ->group(kGroup);
+constexpr const char* kCacheGroup = "KV cache";
+
+}  // namespace
+
+void add_setting_options(CLI::App& command, std::map<std::string, std::string>& settings) {
   for (const policy::SettingHelp& help : policy::setting_help()) {
     command
         .add_option_function<std::string>(
             flag_of(help.name),
-            [&options, name = help.name](const std::string& value) {
-              options.settings[name] = value;
-            },
+            [&settings, name = help.name](const std::string& value) { settings[name] = value; },
             help.help + "; takes " + help.values)
         ->type_name("VALUE")
-        ->group(kGroup);
+        ->group(kCacheGroup);
   }
 }
-
-}  // namespace
 
 void add_plugin_option(CLI::App& command, std::string& path) {
   command
@@ -116,7 +111,11 @@ void add_run_options(CLI::App& command, RunOptions& options) {
   add_text_options(command, options);
   add_compute_options(command, options);
   add_sampling_options(command, options.sampling);
-  add_cache_options(command, options);
+  command
+      .add_flag("--plain", options.is_plain,
+                "llama.cpp's own FP16 cache on the CPU instead, for comparison")
+      ->group(kCacheGroup);
+  add_setting_options(command, options.settings);
   command.add_option("--json", options.json_path, "write what the run cost as JSON")
       ->type_name("FILE");
   add_plugin_option(command, options.plugin_path);

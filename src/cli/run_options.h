@@ -41,6 +41,9 @@ struct RunOptions {
 // Adds the flags to `command`; parsing fills `options`, which must outlive it.
 void add_run_options(CLI::App& command, RunOptions& options);
 
+// Adds a flag for each setting of the cache; parsing fills `settings`, which must outlive it.
+void add_setting_options(CLI::App& command, std::map<std::string, std::string>& settings);
+
 // Also for `version`, which loads the plug-in too.
 void add_plugin_option(CLI::App& command, std::string& path);
 

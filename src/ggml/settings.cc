@@ -54,7 +54,7 @@ const std::vector<policy::SettingHelp>& own_setting_help() {
       {"limit-mib", "whole number above 0",
        "most MiB that all KV caches of the process may hold; beyond it decoding fails (default "
        "none)"},
-      {"force-isa", "scalar, avx2, avx512",
+      {"force-isa", "scalar, avx2, avxvnni, avx512",
        "instruction set of the kernels (default: the best of this machine)"},
   };
   return kHelp;

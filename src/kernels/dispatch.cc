@@ -19,6 +19,7 @@ struct Candidate {
 constexpr std::array kCandidates = {
 #if defined(ZIPCACHE_KERNELS_X86)
     Candidate{&avx512::kTable, missing_for_avx512},
+    Candidate{&avxvnni::kTable, missing_for_avxvnni},
     Candidate{&avx2::kTable, missing_for_avx2},
 #endif
     Candidate{&scalar::kTable, missing_for_scalar},

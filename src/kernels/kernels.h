@@ -15,7 +15,8 @@
 
 namespace zipcache::kernels {
 
-// The best table for this machine; `force` ("" = automatic, else "scalar", "avx2" or "avx512")
+// The best table for this machine; `force` ("" = automatic, else "scalar", "avx2", "avxvnni" or
+// "avx512")
 // comes from ZIPCACHE_FORCE_ISA. An unknown name or one that the machine can't run is an error that
 // names what was asked, what the machine has and what is built in.
 Expected<const KernelTable*> select_kernels(std::string_view force);

@@ -18,9 +18,17 @@
 #include "base/aligned.h"
 #include "base/half.h"
 #include "format/code_matrix.h"
+#include "kernels/cpu/features.h"
 #include "ref/matmul_ref.h"
 
 namespace zipcache::kernels {
+
+#if defined(ZIPCACHE_KERNELS_X86)
+namespace avxvnni {
+extern const KernelTable kEvexTable;
+}
+#endif
+
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -28,7 +36,8 @@ constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 constexpr float kPoison = -7.25e33f;
 constexpr double kFloatEpsilon = 0x1p-24;
 constexpr std::size_t kMaxRows = 64;
-const std::string kTables[] = {"scalar", "avx2", "avx512"};
+// "avxvnni_evex": the table of "avxvnni" in the encoding of AVX-512 (cpu/avxvnni/evex_table.cc).
+const std::string kTables[] = {"scalar", "avx2", "avxvnni", "avxvnni_evex", "avx512"};
 
 // `n` elements whose end is the end of the last mapped page. Starts at any multiple of sizeof(T).
 template <typename T>
@@ -62,6 +71,11 @@ class GuardedArray {
 };
 
 const KernelTable* find_table(const std::string& isa) {
+#if defined(ZIPCACHE_KERNELS_X86)
+  if (isa == "avxvnni_evex") {
+    return missing_for_avx512().empty() ? &avxvnni::kEvexTable : nullptr;
+  }
+#endif
   const Expected<const KernelTable*> table = select_kernels(isa);
   return table ? *table : nullptr;
 }

@@ -27,7 +27,7 @@ struct Scratch {
 // All pointers to float are 4-byte aligned at least. NaN and infinities in x or fp16 data propagate
 // as in IEEE arithmetic to their own row only. Thread-safe: no global state.
 struct KernelTable {
-  const char* isa;  // "scalar", "avx2", "avx512"
+  const char* isa;  // "scalar", "avx2", "avxvnni", "avx512"
 
   // y[r * y_stride + lane] = sum_i x[r * x_stride + i] * m[i][lane], r < n_rows, lane < m.lanes.
   // Codes enter as plain unsigned integers. y beyond m.lanes may be written up to the next multiple

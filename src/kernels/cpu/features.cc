@@ -12,12 +12,13 @@ namespace zipcache::kernels {
 #if defined(__x86_64__)
 namespace {
 
-// CPUID leaves 1 and 7 and XCR0. Read here, not with __builtin_cpu_supports: clang 14 does not know
+// CPUID leaves 1 and 7 (and its subleaf 1) and XCR0. Read here, not with __builtin_cpu_supports: clang 14 does not know
 // "f16c" there.
 struct CpuWords {
   std::uint32_t leaf1_ecx = 0;
   std::uint32_t leaf7_ebx = 0;
   std::uint32_t leaf7_ecx = 0;
+  std::uint32_t leaf7_1_eax = 0;
   std::uint64_t xcr0 = 0;  // register files that the operating system saves
 };
 
@@ -33,6 +34,10 @@ CpuWords read_cpu() {
   if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0) {
     cpu.leaf7_ebx = ebx;
     cpu.leaf7_ecx = ecx;
+    const std::uint32_t last_subleaf = eax;
+    if (last_subleaf >= 1 && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0) {
+      cpu.leaf7_1_eax = eax;
+    }
   }
   if ((cpu.leaf1_ecx >> 27 & 1u) != 0) {  // OSXSAVE: xgetbv exists
     std::uint32_t low = 0;
@@ -63,6 +68,12 @@ std::string missing_for_avx2() {
   return missing;
 }
 
+std::string missing_for_avxvnni() {
+  std::string missing = missing_for_avx2();
+  require(&missing, bit(read_cpu().leaf7_1_eax, 4), "avx_vnni");
+  return missing;
+}
+
 std::string missing_for_avx512() {
   const CpuWords cpu = read_cpu();
   std::string missing = missing_for_avx2();
@@ -78,6 +89,7 @@ std::string missing_for_avx512() {
 #else
 
 std::string missing_for_avx2() { return "x86-64"; }
+std::string missing_for_avxvnni() { return "x86-64"; }
 std::string missing_for_avx512() { return "x86-64"; }
 
 #endif

@@ -1,0 +1,26 @@
+// `zipcache bench kernels`: the product with packed codes, by width, shape and instruction set.
+#pragma once
+
+#include <cstdint>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "base/expected.h"
+
+namespace zipcache::bench {
+
+struct KernelOptions {
+  std::vector<std::string> isas;                 // empty: all that this machine can run
+  std::vector<int> widths{2, 3, 4, 8, 16};       // bits of a code; 16 is fp16
+  std::vector<std::uint32_t> rows{1, 4, 8, 64};  // of x: query heads of a group times queries
+  std::vector<std::uint32_t> dims{64, 128};      // head sizes
+  std::uint32_t n_tokens = 512;                  // of a block
+  std::uint32_t rounds = 7;
+  bool is_warm = false;  // all matrices in the first-level cache, not in memory
+};
+
+// Prints a row per point as it is measured; returns the records.
+Expected<std::vector<nlohmann::json>> bench_kernels(const KernelOptions& options);
+
+}  // namespace zipcache::bench

@@ -1,0 +1,195 @@
+#include "bench/op_bench.h"
+
+#include <fmt/format.h>
+
+#include <cmath>
+#include <cstdio>
+#include <memory>
+#include <utility>
+
+#include "bench/cache_attention.h"
+#include "bench/measure.h"
+#include "bench/peaks.h"
+#include "kernels/kernels.h"
+#include "policy/policy.h"
+
+namespace zipcache::bench {
+namespace {
+
+constexpr std::uint64_t kSeed = 1;
+
+struct Peer {
+  std::string name;
+  std::unique_ptr<HostAttention> attention;
+  std::vector<double> seconds;
+};
+
+Expected<ggml_type> cache_type(const std::string& name) {
+  for (const ggml_type type : {GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0}) {
+    if (name == ggml_type_name(type)) {
+      return type;
+    }
+  }
+  return invalid_argument("peer '" + name + "' is unknown; there are f16, q8_0, q4_0");
+}
+
+// Largest difference of outputs over their largest magnitude: whether both computed the same.
+double difference(const std::vector<float>& ours, const float* theirs) {
+  double largest = 0, apart = 0;
+  for (std::size_t i = 0; i < ours.size(); ++i) {
+    largest = std::max(largest, double(std::abs(theirs[i])));
+    apart = std::max(apart, double(std::abs(ours[i] - theirs[i])));
+  }
+  return apart / largest;
+}
+
+// Multiply-adds of both halves, two operations each; rows of the causal triangle as they are.
+double operations(const AttentionShape& shape, std::uint32_t n_kv, std::uint32_t n_query) {
+  const double seen = double(n_query) * (n_kv - n_query) + 0.5 * n_query * (n_query + 1.0);
+  return 4.0 * seen * shape.n_heads * shape.head_dim;
+}
+
+class OpBench {
+ public:
+  OpBench(const OpOptions& options, const kernels::KernelTable* kernels,
+          std::shared_ptr<const policy::Policy> policy)
+      : options_(options), kernels_(kernels), policy_(std::move(policy)) {
+    for (const std::uint32_t n_threads : options.threads) {
+      peaks_.emplace(n_threads, measure_peaks(kernels->isa, n_threads));
+    }
+  }
+
+  Status measure(const AttentionShape& shape, std::uint32_t n_kv, std::uint32_t n_query) {
+    const RandomRows rows(kSeed);
+    CacheAttention ours(shape, policy_, kernels_, n_kv, n_query, rows);
+    std::vector<Peer> peers;
+    for (const std::string& name : options_.peers) {
+      const Expected<ggml_type> type = cache_type(name);
+      if (!type) {
+        return type.error();
+      }
+      peers.push_back({name, std::make_unique<HostAttention>(shape, *type, n_kv, n_query, rows), {}});
+    }
+    for (const std::uint32_t n_threads : options_.threads) {
+      std::vector<double> seconds, commit_seconds;
+      for (Peer& peer : peers) {
+        peer.seconds.clear();
+      }
+      for (std::uint32_t round = 0; round <= options_.rounds; ++round) {  // round 0 warms up
+        ours.put_newest();
+        const double own = timed([&] { ours.run(n_threads); });
+        if (round > 0) {
+          seconds.push_back(own);
+          commit_seconds.push_back(ours.commit_seconds());
+        }
+        for (Peer& peer : peers) {
+          const double theirs = timed([&] { peer.attention->run(n_threads); });
+          if (round > 0) {
+            peer.seconds.push_back(theirs);
+          }
+        }
+      }
+      record(shape, n_kv, n_query, n_threads, ours, seconds, commit_seconds, peers);
+    }
+    return ok_status();
+  }
+
+  std::vector<nlohmann::json> take_records() { return std::move(records_); }
+
+ private:
+  double timed(const std::function<void()>& work) const {
+    if (!options_.is_warm) {
+      flush_caches();
+    }
+    return seconds_of(work);
+  }
+
+  void record(const AttentionShape& shape, std::uint32_t n_kv, std::uint32_t n_query,
+              std::uint32_t n_threads, const CacheAttention& ours,
+              const std::vector<double>& seconds, const std::vector<double>& commit_seconds,
+              const std::vector<Peer>& peers) {
+    const Peaks& peaks = peaks_.at(n_threads);
+    const double middle = median(seconds);
+    const cache::ByteCount bytes = ours.bytes();
+    const double read = double(bytes.total() - bytes.slack) / middle;
+    const double flops = operations(shape, n_kv, n_query) / middle;
+    const double read_share = read / peaks.read_bytes_per_s;
+    const bool has_dot = peaks.dot_flops_per_s > 0;
+    const double flops_share =
+        flops / (has_dot ? peaks.dot_flops_per_s : peaks.fma_flops_per_s);
+    nlohmann::json record = {
+        {"bench", "op"},
+        {"shape",
+         {{"n_heads", shape.n_heads}, {"n_kv_heads", shape.n_kv_heads}, {"head_dim", shape.head_dim}}},
+        {"n_kv", n_kv},
+        {"n_query", n_query},
+        {"batch", 1},
+        {"policy", options_.settings.empty() ? "default" : policy::describe(*policy_)},
+        {"seconds", middle},
+        {"spread", spread(seconds)},
+        {"commit_seconds", median(commit_seconds)},
+        {"bytes", bytes.total() - bytes.slack},
+        {"bytes_per_s", read},
+        {"peak_bytes_per_s", peaks.read_bytes_per_s},
+        {"flops_per_s", flops},
+        {"peak_flops_per_s", peaks.fma_flops_per_s},
+        {"peak_dot_flops_per_s", peaks.dot_flops_per_s},
+        {"binds", read_share > flops_share ? "memory" : "compute"},
+        {"peers", nlohmann::json::object()},
+        {"peer_spread", nlohmann::json::object()},
+        {"device", kernels_->isa},
+        {"threads", n_threads}};
+    std::string versus;
+    for (const Peer& peer : peers) {
+      const double theirs = median(peer.seconds);
+      record["peers"][peer.name] = theirs;
+      record["peer_spread"][peer.name] = spread(peer.seconds);
+      versus += fmt::format("  {} {:.3f} ms {:.2f}x", peer.name, theirs * 1e3, theirs / middle);
+    }
+    if (!peers.empty()) {
+      record["difference"] = difference(ours.output(), peers.front().attention->output());
+    }
+    fmt::print("{}/{} x {:<3} {:>6} cells {:>4} queries {} threads {}: {:.3f} ms (commit {:.3f})  "
+               "{:.1f} GB/s {:.0f} %  {:.0f} GFLOP/s {:.0f} %{}\n",
+               shape.n_heads, shape.n_kv_heads, shape.head_dim, n_kv, n_query, n_threads,
+               kernels_->isa, middle * 1e3, median(commit_seconds) * 1e3, read / 1e9,
+               100 * read_share, flops / 1e9, 100 * flops_share, versus);
+    std::fflush(stdout);
+    records_.push_back(std::move(record));
+  }
+
+  const OpOptions& options_;
+  const kernels::KernelTable* kernels_;
+  const std::shared_ptr<const policy::Policy> policy_;
+  std::map<std::uint32_t, Peaks> peaks_;
+  std::vector<nlohmann::json> records_;
+};
+
+}  // namespace
+
+Expected<std::vector<nlohmann::json>> bench_op(const OpOptions& options) {
+  const Expected<const kernels::KernelTable*> kernels = kernels::select_kernels(options.isa);
+  if (!kernels) {
+    return kernels.error();
+  }
+  const Expected<policy::Policy> policy = policy::make_policy(options.settings);
+  if (!policy) {
+    return policy.error();
+  }
+  OpBench bench(options, *kernels, std::make_shared<const policy::Policy>(*policy));
+  for (const AttentionShape& shape : options.shapes) {
+    for (const std::uint32_t n_query : options.n_query) {
+      for (const std::uint32_t n_kv : options.n_kv) {
+        if (n_query > n_kv) {
+          continue;
+        }
+        if (const Status done = bench.measure(shape, n_kv, n_query); !done) {
+          return done.error();
+        }
+      }
+    }
+  }
+  return bench.take_records();
+}
+
+}  // namespace zipcache::bench
