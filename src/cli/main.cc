@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "cli/ratio_command.h"
 #include "cli/run_command.h"
 #include "cli/run_options.h"
 #include "cli/version_command.h"
@@ -42,6 +43,9 @@ int dispatch(int argc, char** argv) {
   RunOptions run_options;
   CLI::App* run_app = app.add_subcommand("run", "Read a text, answer, and show what it cost");
   add_run_options(*run_app, run_options);
+  RatioOptions ratio_options;
+  CLI::App* ratio_app = app.add_subcommand("ratio", "How much smaller a cache is, by its shape");
+  add_ratio_options(*ratio_app, ratio_options);
   VersionOptions version_options;
   CLI::App* version_app = app.add_subcommand("version", "Version; -v for all that is loaded");
   version_app->add_flag("-v,--verbose", version_options.is_verbose, "plug-in, kernels, devices");
@@ -60,6 +64,10 @@ int dispatch(int argc, char** argv) {
   if (version_app->parsed()) {
     print_version(version_options);
     return kOk;
+  }
+  if (ratio_app->parsed()) {
+    const Status printed = print_ratios(ratio_options);
+    return printed ? kOk : fail(kFailed, printed.error().message);
   }
   const Expected<RunEnd> end = run(run_options);
   if (!end) {
