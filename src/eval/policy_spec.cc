@@ -7,7 +7,7 @@ namespace zipcache::eval {
 Expected<PolicySpec> parse_policy(const std::string& text) {
   static const std::map<std::string, std::string> kHostTypes = {
       {kReferencePolicy, "f16"}, {"q8_0", "q8_0"}, {"q4_0", "q4_0"}};
-  PolicySpec spec{.name = text, .host_type = {}, .settings = {}};
+  PolicySpec spec{.name = text};
   if (const auto host = kHostTypes.find(text); host != kHostTypes.end()) {
     spec.host_type = host->second;
     return spec;

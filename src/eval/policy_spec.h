@@ -19,9 +19,9 @@ namespace zipcache::eval {
 inline constexpr const char* kReferencePolicy = "fp16";
 
 struct PolicySpec {
-  std::string name;       // as the user wrote it
-  std::string host_type;  // "f16", "q8_0", "q4_0", or "" = the plug-in
-  std::map<std::string, std::string> settings;
+  std::string name;         // as the user wrote it
+  std::string host_type{};  // "f16", "q8_0", "q4_0", or "" = the plug-in
+  std::map<std::string, std::string> settings{};
 
   bool is_host() const { return !host_type.empty(); }
 };
