@@ -33,7 +33,7 @@ Sample prompt_sample(const std::string& policy, const std::string& item, const s
   sample.policy = policy;
   sample.item = item;
   sample.n_tokens = 10;
-  sample.seconds = 0.5;
+  sample.cpu_seconds = 0.5;
   sample.bytes = {.codes = 100, .staging = 28, .fp16 = 512};
   sample.answer = {text, {1, 2, 3}};
   return sample;

@@ -30,7 +30,7 @@ void add_cost(Record& record, const std::vector<const Sample*>& samples) {
   for (const Sample* sample : samples) {
     bytes += sample->bytes;
     n_tokens += sample->n_tokens;
-    seconds += sample->seconds;
+    seconds += sample->cpu_seconds;
   }
   record["n_items"] = samples.size();
   record["n_cache_tokens"] = n_tokens;
@@ -38,7 +38,7 @@ void add_cost(Record& record, const std::vector<const Sample*>& samples) {
   record["ratio"] = bytes.ratio();
   record["bytes"] = to_json(bytes);
   record["fp16_bytes"] = bytes.fp16;
-  record["seconds"] = std::round(seconds * 10) / 10;
+  record["cpu_seconds"] = std::round(seconds * 10) / 10;
 }
 
 std::vector<PositionResult> all_positions(const std::vector<const Sample*>& samples) {
@@ -138,7 +138,7 @@ std::string head(const std::vector<std::string>& columns) {
 
 std::string window_table(const std::vector<Record>& records) {
   std::string table = head({"cache", "bits/element", "smaller", "mean KLD", "median", "99.9 %",
-                            "PPL", "ln(PPL/PPL fp16)", "same top token", "seconds"});
+                            "PPL", "ln(PPL/PPL fp16)", "same top token", "CPU s"});
   for (const Record& record : records) {
     table += row({fmt::format("`{}`", record.at("policy").get<std::string>()),
                   cell(record, "bits_per_element", "{:.3f}"), cell(record, "ratio", "{:.2f}x"),
@@ -147,14 +147,14 @@ std::string window_table(const std::vector<Record>& records) {
                   with_error(record, "ppl", "ppl_error", "{:.4f}"),
                   with_error(record, "ln_ppl_ratio", "ln_ppl_ratio_error", "{:+.5f}"),
                   with_error(record, "same_top", "same_top_error", "{:.4f}"),
-                  cell(record, "seconds", "{:.0f}")});
+                  cell(record, "cpu_seconds", "{:.0f}")});
   }
   return table;
 }
 
 std::string prompt_table(const std::vector<Record>& records) {
   std::string table = head({"cache", "bits/element", "smaller", "score", "minus fp16 (95 %)",
-                            "better / worse", "McNemar p", "seconds"});
+                            "better / worse", "McNemar p", "CPU s"});
   for (const Record& record : records) {
     std::string difference = "-", discordant = "-", p = "-";
     if (const auto versus = record.find("versus"); versus != record.end() && !versus->empty()) {
@@ -169,7 +169,7 @@ std::string prompt_table(const std::vector<Record>& records) {
     table += row({fmt::format("`{}`", record.at("policy").get<std::string>()),
                   cell(record, "bits_per_element", "{:.3f}"), cell(record, "ratio", "{:.2f}x"),
                   with_error(record, "score", "score_error", "{:.4f}"), difference, discordant, p,
-                  cell(record, "seconds", "{:.0f}")});
+                  cell(record, "cpu_seconds", "{:.0f}")});
   }
   return table;
 }

@@ -56,7 +56,7 @@ nlohmann::ordered_json to_json(const cache::ByteCount& bytes) {
 nlohmann::ordered_json to_json(const Sample& sample) {
   nlohmann::ordered_json json = {
       {"policy", sample.policy},        {"item", sample.item},
-      {"n_tokens", sample.n_tokens},    {"seconds", sample.seconds},
+      {"n_tokens", sample.n_tokens},    {"cpu_seconds", sample.cpu_seconds},
       {"bytes", to_json(sample.bytes)}, {"fp16_bytes", sample.bytes.fp16}};
   if (!sample.positions.empty()) {
     json["positions"] = positions_to_json(sample.positions);
@@ -73,7 +73,7 @@ Expected<Sample> parse_sample(const nlohmann::json& json) {
     sample.policy = json.at("policy");
     sample.item = json.at("item");
     sample.n_tokens = json.at("n_tokens");
-    sample.seconds = json.at("seconds");
+    sample.cpu_seconds = json.at("cpu_seconds");
     const auto& bytes = json.at("bytes");
     sample.bytes.codes = bytes.at("codes");
     sample.bytes.params = bytes.at("params");

@@ -18,10 +18,10 @@ struct Sample {
   std::string policy;
   std::string item;
   std::size_t n_tokens = 0;  // in the cache at the end
-  double seconds = 0;
-  cache::ByteCount bytes;  // at the end; of llama.cpp's own caches only the total is known
-  std::vector<PositionResult> positions;  // of a window
-  Answer answer;                          // to a prompt
+  double cpu_seconds = 0;    // of all threads, for reading and answering
+  cache::ByteCount bytes{};  // at the end; of llama.cpp's own caches only the total is known
+  std::vector<PositionResult> positions{};  // of a window
+  Answer answer{};                          // to a prompt
 };
 
 nlohmann::ordered_json to_json(const Sample& sample);
