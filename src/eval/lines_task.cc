@@ -124,8 +124,8 @@ class LinesTask final : public Task {
     prompt.text = std::move(text);
     prompt.is_chat = options_.is_chat;
     prompt.max_tokens = options_.is_chat ? kChatTokens : kCuedTokens;
-    if (!options_.is_chat) {
-      prompt.text += fmt::format("\n\nThe <REGISTER_CONTENT> in line {} is <", index);
+    if (!options_.is_chat) {  // the line again, up to its number: even weak models can go on
+      prompt.text += fmt::format("\n\nline {}: REGISTER_CONTENT is <", index);
       prompt.stops = {">", "\n"};
     }
     prompts_.push_back(std::move(prompt));
