@@ -1,5 +1,6 @@
 # Libraries from the system's package manager, all as imported targets:
 #   Threads::Threads fmt::fmt nlohmann_json::nlohmann_json CLI11::CLI11 xxhash::xxhash zstd::zstd
+#   ZLIB::ZLIB
 #   GTest::gtest GTest::gtest_main benchmark::benchmark
 
 set(CMAKE_THREAD_PREFER_PTHREAD ON)
@@ -29,6 +30,7 @@ endfunction()
 _zipcache_require(fmt)
 _zipcache_require(nlohmann_json)
 _zipcache_require(CLI11)
+_zipcache_require(ZLIB)
 _zipcache_require_library(xxhash xxhash.h)
 _zipcache_require_library(zstd zstd.h)
 if(BUILD_TESTING)

@@ -97,11 +97,17 @@ def append(folder, name, record):
         file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def read(folder, name):
-    path = folder / name
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+def write(folder, name, records):
+    """All records of a file, instead of what it held."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    (folder / name).write_text("".join(lines), encoding="utf-8")
+
+
+def read(folder, pattern):
+    """The records of all files that match, file by file."""
+    return [json.loads(line) for path in sorted(folder.glob(pattern))
+            for line in path.read_text(encoding="utf-8").splitlines() if line]
 
 
 def markdown(columns, rows):

@@ -5,7 +5,7 @@ set -euo pipefail
 
 packages=(
   g++ cmake ninja-build python3 python3-pip
-  libcli11-dev libfmt-dev nlohmann-json3-dev libxxhash-dev libzstd-dev
+  libcli11-dev libfmt-dev nlohmann-json3-dev libxxhash-dev libzstd-dev zlib1g-dev
   libgtest-dev libbenchmark-dev
 )
 

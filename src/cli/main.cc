@@ -10,6 +10,9 @@
 #include <vector>
 
 #include "bench/bench_command.h"
+#include "cli/eval_command.h"
+#include "cli/eval_options.h"
+#include "cli/ratio_command.h"
 #include "cli/run_command.h"
 #include "cli/run_options.h"
 #include "cli/version_command.h"
@@ -43,6 +46,13 @@ int dispatch(int argc, char** argv) {
   RunOptions run_options;
   CLI::App* run_app = app.add_subcommand("run", "Read a text, answer, and show what it cost");
   add_run_options(*run_app, run_options);
+  EvalOptions eval_options;
+  CLI::App* eval_app =
+      app.add_subcommand("eval", "Measure what caches do to predictions and answers");
+  add_eval_options(*eval_app, eval_options);
+  RatioOptions ratio_options;
+  CLI::App* ratio_app = app.add_subcommand("ratio", "How much smaller a cache is, by its shape");
+  add_ratio_options(*ratio_app, ratio_options);
   VersionOptions version_options;
   CLI::App* version_app = app.add_subcommand("version", "Version; -v for all that is loaded");
   version_app->add_flag("-v,--verbose", version_options.is_verbose, "plug-in, kernels, devices");
@@ -59,6 +69,7 @@ int dispatch(int argc, char** argv) {
   }
   // Read by now. The plug-in refuses ZIPCACHE_ variables that are no settings of its own.
   unsetenv("ZIPCACHE_PLUGIN");
+  unsetenv("ZIPCACHE_DATA");
 
   if (version_app->parsed()) {
     print_version(version_options);
@@ -68,7 +79,11 @@ int dispatch(int argc, char** argv) {
     const Status done = bench_command.run();
     return done ? kOk : fail(kFailed, done.error().message);
   }
-  const Expected<RunEnd> end = run(run_options);
+  if (ratio_app->parsed()) {
+    const Status printed = print_ratios(ratio_options);
+    return printed ? kOk : fail(kFailed, printed.error().message);
+  }
+  const Expected<RunEnd> end = eval_app->parsed() ? evaluate(eval_options) : run(run_options);
   if (!end) {
     return fail(kFailed, end.error().message);
   }

@@ -111,6 +111,14 @@ std::string Model::piece(llama_token token) const {
 
 bool Model::ends_generation(llama_token token) const { return llama_vocab_is_eog(vocab_, token); }
 
+llama_token Model::bos() const {
+  return llama_vocab_get_add_bos(vocab_) ? llama_vocab_bos(vocab_) : -1;
+}
+
+std::size_t Model::n_vocab() const {
+  return static_cast<std::size_t>(llama_vocab_n_tokens(vocab_));
+}
+
 std::string Model::file_name() const { return std::filesystem::path(path_).filename().string(); }
 
 std::uint32_t Model::n_ctx_train() const {

@@ -28,6 +28,10 @@ class Model {
   std::string piece(llama_token token) const;
   bool ends_generation(llama_token token) const;
 
+  // The token that begins a sequence, or -1 when the model takes none.
+  llama_token bos() const;
+  std::size_t n_vocab() const;
+
   std::string file_name() const;
   std::uint32_t n_ctx_train() const;
   std::uint32_t n_layers() const;

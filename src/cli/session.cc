@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <string>
+#include <vector>
 
 #include "cli/host_log.h"
 
@@ -24,6 +25,12 @@ llama_sampler* make_sampler(const SamplingOptions& options) {
 
 bool ask_to_abort(void* should_stop) { return reinterpret_cast<bool (*)()>(should_stop)(); }
 
+// llama.cpp takes a mutable pointer and only reads through it.
+llama_batch batch_of(std::span<const llama_token> tokens) {
+  return llama_batch_get_one(const_cast<llama_token*>(tokens.data()),
+                             static_cast<std::int32_t>(tokens.size()));
+}
+
 }  // namespace
 
 Expected<Session> Session::open(const Model& model, const SessionOptions& options) {
@@ -33,9 +40,10 @@ Expected<Session> Session::open(const Model& model, const SessionOptions& option
   params.n_ubatch = std::min(options.n_ubatch, options.n_batch);
   params.n_threads = params.n_threads_batch = options.n_threads;
   params.n_seq_max = 1;
-  params.n_outputs_max = 1;
+  params.n_outputs_max = options.n_outputs;
+  params.swa_full = false;  // as llama.cpp's own programs have it
   params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
-  params.type_k = params.type_v = GGML_TYPE_F16;
+  params.type_k = params.type_v = options.cache_type;
   if (options.should_stop != nullptr) {
     params.abort_callback = ask_to_abort;
     params.abort_callback_data = reinterpret_cast<void*>(options.should_stop);
@@ -52,34 +60,64 @@ Expected<Session> Session::open(const Model& model, const SessionOptions& option
   return session;
 }
 
+Expected<Progress> Session::decode(const llama_batch& batch) {
+  constexpr std::int32_t kNoRoom = 1, kAborted = 2;
+  if (options_.should_stop != nullptr && options_.should_stop()) {
+    return Progress::kStopped;
+  }
+  const std::int32_t status = llama_decode(context_.get(), batch);
+  if (status == kAborted) {
+    return Progress::kStopped;
+  }
+  if (status == kNoRoom) {
+    return out_of_memory("the context of " + std::to_string(n_ctx()) + " tokens is full");
+  }
+  if (status != 0) {
+    return out_of_memory("llama.cpp could not compute the next tokens: " +
+                         explain_failure("status " + std::to_string(status)));
+  }
+  return Progress::kDone;
+}
+
 Expected<Progress> Session::read(std::span<const llama_token> tokens,
                                  const std::function<void(std::size_t)>& on_progress) {
-  constexpr std::int32_t kNoRoom = 1, kAborted = 2;
   for (std::size_t n_read = 0; n_read < tokens.size();) {
-    if (options_.should_stop != nullptr && options_.should_stop()) {
-      return Progress::kStopped;
-    }
-    const auto batch =
+    const auto part =
         tokens.subspan(n_read, std::min<std::size_t>(tokens.size() - n_read, options_.n_batch));
-    // llama.cpp takes a mutable pointer and only reads through it.
-    const std::int32_t status =
-        llama_decode(context_.get(), llama_batch_get_one(const_cast<llama_token*>(batch.data()),
-                                                         static_cast<std::int32_t>(batch.size())));
-    if (status == kAborted) {
-      return Progress::kStopped;
+    Expected<Progress> decoded = decode(batch_of(part));
+    if (!decoded || *decoded == Progress::kStopped) {
+      return decoded;
     }
-    if (status == kNoRoom) {
-      return out_of_memory("the context of " + std::to_string(n_ctx()) + " tokens is full");
-    }
-    if (status != 0) {
-      return out_of_memory("llama.cpp could not compute the next tokens: " +
-                           explain_failure("status " + std::to_string(status)));
-    }
-    n_read += batch.size();
+    n_read += part.size();
     on_progress(n_read);
   }
   return Progress::kDone;
 }
+
+Expected<Progress> Session::read_scored(std::span<const llama_token> tokens, std::size_t first,
+                                        const OnLogits& on_logits) {
+  std::vector<std::int8_t> is_wanted;
+  for (std::size_t n_read = 0; n_read < tokens.size();) {
+    const auto part =
+        tokens.subspan(n_read, std::min<std::size_t>(tokens.size() - n_read, options_.n_batch));
+    const std::size_t n_skipped = std::min(part.size(), std::max(first, n_read) - n_read);
+    is_wanted.assign(part.size(), 1);
+    std::fill_n(is_wanted.begin(), n_skipped, std::int8_t{0});
+    llama_batch batch = batch_of(part);
+    batch.logits = is_wanted.data();
+    Expected<Progress> decoded = decode(batch);
+    if (!decoded || *decoded == Progress::kStopped) {
+      return decoded;
+    }
+    if (n_skipped < part.size()) {
+      on_logits(n_read + n_skipped, part.size() - n_skipped, llama_get_logits(context_.get()));
+    }
+    n_read += part.size();
+  }
+  return Progress::kDone;
+}
+
+void Session::clear() { llama_memory_clear(llama_get_memory(context_.get()), /*data=*/true); }
 
 llama_token Session::sample() {
   return llama_sampler_sample(sampler_.get(), context_.get(), /*idx=*/-1);

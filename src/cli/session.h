@@ -26,6 +26,8 @@ struct SessionOptions {
   std::uint32_t n_batch = 512;   // tokens per llama_decode()
   std::uint32_t n_ubatch = 512;  // tokens computed at once
   std::int32_t n_threads = 1;
+  std::uint32_t n_outputs = 1;           // most tokens of a batch whose logits are wanted
+  ggml_type cache_type = GGML_TYPE_F16;  // of llama.cpp's own cache
   SamplingOptions sampling;
   bool (*should_stop)() = nullptr;  // asked all the time, from any thread
 };
@@ -40,9 +42,21 @@ class Session {
   // Reads tokens; on_progress(tokens read so far) after each batch.
   Expected<Progress> read(std::span<const llama_token> tokens,
                           const std::function<void(std::size_t n_read)>& on_progress);
+  // The same, and shows the logits [n_rows, n_vocab] of tokens from number `first` on, batch by
+  // batch. REQUIRES: options.n_outputs >= options.n_batch.
+  using OnLogits =
+      std::function<void(std::size_t row_token, std::size_t n_rows, const float* logits)>;
+  Expected<Progress> read_scored(std::span<const llama_token> tokens, std::size_t first,
+                                 const OnLogits& on_logits);
+  // Forgets all tokens.
+  void clear();
   // The next token. REQUIRES: the last read() was done.
   llama_token sample();
 
+  std::size_t n_vocab() const {
+    return static_cast<std::size_t>(
+        llama_vocab_n_tokens(llama_model_get_vocab(llama_get_model(context_.get()))));
+  }
   std::uint32_t n_ctx() const { return llama_n_ctx(context_.get()); }
   // What the cells in use take in the host's own FP16 cache, but for a few bytes per cell.
   std::size_t state_bytes() const { return llama_state_seq_get_size(context_.get(), 0); }
@@ -56,6 +70,7 @@ class Session {
   };
 
   Session() = default;
+  Expected<Progress> decode(const llama_batch& batch);
 
   SessionOptions options_;
   std::unique_ptr<llama_context, ContextDeleter> context_;

@@ -1,0 +1,164 @@
+#!/usr/bin/env python3
+"""Measures everything that docs/results.md shows, from nothing.
+
+Each run is one `zipcache eval` (or `zipcache ratio`) whose samples stay in build/results/NAME, so a
+run that was stopped goes on where it was. Its results become eval/results/NAME.jsonl; then
+eval/update_docs.py makes the page.
+
+    eval/results.py                 all runs
+    eval/results.py lines ratio     those whose names begin so
+    eval/results.py --smoke         all runs, tiny: that everything works, not what it shows
+"""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+
+import harness
+
+SMOLLM2 = harness.MODEL
+GEMMA3 = harness.MODEL.with_name("gemma-3-270m-q4_k_m.gguf")
+WIKI = "wikitext2/wiki.test.raw"
+MOBY_DICK = "books/pg2701_moby_dick.txt"
+WAR_AND_PEACE = "books/pg2600_war_and_peace.txt"
+
+# A policy that the build does not know is left out, and said so.
+FRONTIER = ["q8_0", "q4_0", "policy=fp16", "default", "kv-bits=2.8", "kv-bits=2.4", "mode=paper",
+            "policy=kivi,key-bits=4,value-bits=4", "policy=kivi,key-bits=2,value-bits=2",
+            "policy=gear", "policy=mikv", "policy=h2o", "policy=skvq"]
+LONG = ["q4_0", "default", "kv-bits=2.8", "kv-bits=2.4", "mode=paper"]
+UNIFORM = [f"policy=uniform,granularity={granularity},key-bits={bits},value-bits={bits}"
+           for bits in (4, 2)
+           for granularity in ("tokenwise", "channelwise+tokenwise", "groupwise",
+                               "channelwise+cst")]
+METRICS = ["mode=paper", *(f"mode=paper,metric={metric}"
+                           for metric in ("accumulated", "last-token", "locality", "random"))]
+PROBES = ["mode=paper,key-salient=40,value-salient=40",
+          *(f"mode=paper,key-salient=40,value-salient=40,probes={probes}"
+            for probes in ("all", "recent", "random", "special"))]
+LINES = ["q4_0", "default", "mode=paper", "mode=paper,metric=accumulated", "policy=mikv",
+         "policy=kivi,key-bits=2,value-bits=2", "policy=h2o"]
+
+
+@dataclass
+class Run:
+    name: str
+    task: str
+    policies: list
+    model: object = SMOLLM2
+    options: dict = field(default_factory=dict)
+    smoke: dict = field(default_factory=dict)  # instead, in a smoke run
+
+
+def ppl(name, policies, text, model=SMOLLM2, **options):
+    return Run(name, "ppl", policies, model, {"--data": text} | options,
+               {"--data": text, "-c": 128, "--chunks": 1} |
+               ({"--style": "decode"} if "--style" in options else {}))
+
+
+RUNS = [
+    Run("ratio", "ratio", ["default", "mode=paper", "policy=fp16"]),
+    *(ppl(f"ppl-{model_name}-{text_name}-2048", FRONTIER, text, model, **{"-c": 2048, "--chunks": 2})
+      for model_name, model in (("smollm2", SMOLLM2), ("gemma3", GEMMA3))
+      for text_name, text in (("wiki", WIKI), ("moby", MOBY_DICK), ("war", WAR_AND_PEACE))),
+    *(ppl(f"ppl-{model_name}-{text_name}-8192", LONG, text, model, **{"-c": 8192, "--chunks": 1})
+      for model_name, model in (("smollm2", SMOLLM2), ("gemma3", GEMMA3))
+      for text_name, text in (("wiki", WIKI), ("moby", MOBY_DICK), ("war", WAR_AND_PEACE))),
+    ppl("decode-smollm2-wiki-1024", ["q4_0", "default", "mode=paper", "mode=official"], WIKI,
+        **{"-c": 1024, "--chunks": 2, "--style": "decode"}),
+    ppl("granularity-smollm2-wiki-2048", UNIFORM, WIKI, **{"-c": 2048, "--chunks": 2}),
+    ppl("metrics-smollm2-wiki-2048", METRICS, WIKI, **{"-c": 2048, "--chunks": 2}),
+    ppl("probes-smollm2-wiki-2048", PROBES, WIKI, **{"-c": 2048, "--chunks": 2}),
+    Run("lines-smollm2", "lines", LINES, SMOLLM2, {"--lines": 8, "--items": 500},
+        {"--lines": 2, "--items": 2}),
+    Run("metrics-lines-smollm2", "lines", METRICS, SMOLLM2, {"--lines": 8, "--items": 200},
+        {"--lines": 2, "--items": 2}),
+    Run("agreement-smollm2", "agreement", ["q8_0", "q4_0", "default", "mode=paper"], SMOLLM2,
+        {"--items": 24}, {"--items": 1, "--prompt-tokens": 32, "-n": 4}),
+]
+SMOKE_POLICIES = 2
+
+
+def known_policies(args, run):
+    """Those that this build has."""
+    known = []
+    for policy in run.policies:
+        if policy in ("q8_0", "q4_0"):
+            known.append(policy)
+            continue
+        done = subprocess.run([args.build / "bin" / "zipcache", "ratio", "--tokens", "64", policy],
+                              capture_output=True, text=True, env=harness.environment())
+        if done.returncode == 0:
+            known.append(policy)
+        else:
+            print(f"results: {run.name}: left out: {done.stderr.strip()}", file=sys.stderr)
+    return known[:SMOKE_POLICIES] if args.smoke else known
+
+
+def zipcache(args, *command):
+    command = list(map(str, [args.build / "bin" / "zipcache", *command]))
+    done = subprocess.run(command, stdout=subprocess.DEVNULL,
+                          env=harness.environment() | {"ZIPCACHE_DATA": str(args.data_folder)})
+    if done.returncode != 0:
+        harness.fail(f"{' '.join(command)} failed ({done.returncode})")
+
+
+def measure_ratio(args, run, folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    report = folder / "ratio.json"
+    zipcache(args, "ratio", "-m", run.model, *known_policies(args, run), "--json", report)
+    json_report = json.loads(report.read_text())
+    return [{"task": "ratio", "model": run.model.name, "tokens_per_step":
+             json_report["tokens_per_step"], "layers": json_report["layers"], **row}
+            for row in json_report["rows"]] + \
+           [{"task": "ratio-paper", **figure} for figure in json_report["paper"]]
+
+
+def measure(args, run, folder):
+    options = run.smoke if args.smoke else run.options
+    flags = [part for flag, value in options.items() for part in (flag, value)]
+    zipcache(args, "eval", "-m", run.model, "--task", run.task, *flags, "-t", args.threads, "--out",
+             folder, *known_policies(args, run))
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def parse_arguments():
+    parser = harness.parser(__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="runs whose names begin so")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, one model")
+    parser.add_argument("--work", type=harness.Path, default=harness.ROOT / "build" / "results",
+                        help="folder of the samples")
+    args = parser.parse_args()
+    harness.need(args.build / "bin" / "zipcache", "run: make")
+    args.data_folder = harness.data_file(".")
+    return args
+
+
+def main():
+    args = parse_arguments()
+    runs = [run for run in RUNS
+            if not args.names or any(run.name.startswith(name) for name in args.names)]
+    if args.smoke:
+        runs = [run for run in runs if run.model == SMOLLM2]
+    if not runs:
+        harness.fail(f"no run is named so; there are {', '.join(run.name for run in RUNS)}")
+    meta = harness.run_meta(args.build)
+    start = time.monotonic()
+    for number, run in enumerate(runs, 1):
+        print(f"results: {run.name} ({number} of {len(runs)}, "
+              f"{(time.monotonic() - start) / 60:.0f} min so far)", file=sys.stderr, flush=True)
+        if run.model == SMOLLM2:
+            run.model = args.model
+        harness.need(run.model, f"run: tools/fetch.py {run.model.stem}")
+        make = measure_ratio if run.task == "ratio" else measure
+        records = make(args, run, args.work / run.name)
+        for record in records:
+            record["run"] = meta | record.get("run", {})
+        harness.write(args.results, f"{run.name}.jsonl", records)
+    print("results: now run eval/update_docs.py", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
