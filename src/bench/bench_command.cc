@@ -3,6 +3,7 @@
 #include <CLI/CLI.hpp>
 #include <charconv>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "bench/kernel_bench.h"
@@ -131,7 +132,9 @@ struct BenchCommand::Impl {
   }
 };
 
-BenchCommand::BenchCommand(CLI::App& command) : impl_(std::make_unique<Impl>()) {
+BenchCommand::BenchCommand(CLI::App& command, std::string command_line)
+    : impl_(std::make_unique<Impl>()) {
+  impl_->command_line = std::move(command_line);
   command.require_subcommand(1);
   command.fallthrough();
   command.add_option("--json", impl_->json_path, "append the measurements, one JSON object a line")

@@ -46,7 +46,6 @@ CacheAttention::CacheAttention(const AttentionShape& shape,
   };
   then(call_prepare, 1);
   then(call_run, GGML_N_TASKS_MAX);
-  then(call_commit, 1);
   graph_.allocate();
   graph_.expand(node);
 }
@@ -105,6 +104,7 @@ void CacheAttention::show(std::uint32_t first_row, std::uint32_t n_rows,
 }
 
 void CacheAttention::prepare(std::uint32_t n_threads) {
+  n_attending_.store(n_threads, std::memory_order_relaxed);
   done_ = attention_.prepare(cache_, query_, n_threads);
 }
 
@@ -120,11 +120,10 @@ void CacheAttention::call_prepare(ggml_tensor* /*node*/, int ith, int n_threads,
   }
 }
 void CacheAttention::call_run(ggml_tensor* /*node*/, int ith, int /*n_threads*/, void* self) {
-  static_cast<CacheAttention*>(self)->attention_.run(static_cast<std::uint32_t>(ith));
-}
-void CacheAttention::call_commit(ggml_tensor* /*node*/, int ith, int /*n_threads*/, void* self) {
-  if (ith == 0) {
-    static_cast<CacheAttention*>(self)->commit();
+  auto& step = *static_cast<CacheAttention*>(self);
+  step.attention_.run(static_cast<std::uint32_t>(ith));
+  if (step.n_attending_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
+    step.commit();
   }
 }
 

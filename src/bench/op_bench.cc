@@ -33,14 +33,16 @@ Expected<ggml_type> cache_type(const std::string& name) {
   return invalid_argument("peer '" + name + "' is unknown; there are f16, q8_0, q4_0");
 }
 
-// Largest difference of outputs over their largest magnitude: whether both computed the same.
+// Root mean square of the outputs' difference over that of the peer's: what compression changes, or,
+// under policy fp16, whether both compute the same.
 double difference(const std::vector<float>& ours, const float* theirs) {
-  double largest = 0, apart = 0;
+  double power = 0, error = 0;
   for (std::size_t i = 0; i < ours.size(); ++i) {
-    largest = std::max(largest, double(std::abs(theirs[i])));
-    apart = std::max(apart, double(std::abs(ours[i] - theirs[i])));
+    const double apart = double{ours[i]} - double{theirs[i]};
+    power += double{theirs[i]} * double{theirs[i]};
+    error += apart * apart;
   }
-  return apart / largest;
+  return std::sqrt(error / power);
 }
 
 // Multiply-adds of both halves, two operations each; rows of the causal triangle as they are.

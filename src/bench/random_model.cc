@@ -1,5 +1,7 @@
 #include "bench/random_model.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -17,6 +19,7 @@ namespace zipcache::bench {
 namespace {
 
 constexpr std::array kShapes = {
+    ModelShape{"tiny", 2, 256, 512, 4, 2, 512, 1e4f},
     ModelShape{"smollm2-135m", 30, 576, 1536, 9, 3, 49152, 1e5f},
     ModelShape{"llama3-8b-4l", 4, 4096, 14336, 32, 8, 2048, 5e5f},
 };
@@ -88,7 +91,7 @@ class Writer {
     }
     tokens.emplace_back("<end>");
     while (tokens.size() < shape_.n_vocab) {
-      tokens.push_back("<filler " + std::to_string(tokens.size()) + ">");
+      tokens.push_back(fmt::format("<filler {}>", tokens.size()));
     }
     std::vector<const char*> texts(tokens.size());
     std::transform(tokens.begin(), tokens.end(), texts.begin(),
@@ -110,7 +113,7 @@ class Writer {
     add_matrix("token_embd.weight", shape_.n_embd, shape_.n_vocab);
     add_ones("output_norm.weight");
     for (std::uint32_t layer = 0; layer < shape_.n_layers; ++layer) {
-      const std::string prefix = "blk." + std::to_string(layer) + ".";
+      const std::string prefix = fmt::format("blk.{}.", layer);
       add_ones(prefix + "attn_norm.weight");
       add_ones(prefix + "ffn_norm.weight");
       add_matrix(prefix + "attn_q.weight", shape_.n_embd, shape_.n_embd);

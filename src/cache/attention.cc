@@ -125,7 +125,7 @@ void Attention::Impl::plan_probes() {
   probes.clear();
   if (cache->policy().seals() && query.rows_are_newest) {
     ZC_CHECK(cache->newest_cells().size() == query.n_rows);
-    sealer = std::make_unique<Sealer>(*cache);
+    sealer.emplace(*cache, sealer_scratch);
     sealer->begin_step(*query.visible, query.first_row, &probes);
   }
   tile_probe.clear();
@@ -158,10 +158,13 @@ void Attention::run(std::uint32_t ith) {
 
 Status Attention::commit() {
   Impl& m = *impl_;
-  if (m.sealer == nullptr) {
+  if (!m.sealer) {
     return ok_status();
   }
-  std::vector<float> total(m.n_kv_heads), total_squares(m.squares.empty() ? 0 : m.n_kv_heads);
+  std::vector<float>& total = m.total_mass;
+  total.resize(m.n_kv_heads);
+  std::vector<float>& total_squares = m.total_squares;
+  total_squares.resize(m.squares.empty() ? 0 : m.n_kv_heads);
   const std::size_t n_staged = std::size_t{m.n_pages()} * kPageTokens;
   const std::size_t n_mass_tiles = n_staged == 0 ? 0 : m.mass.size() / (m.n_kv_heads * n_staged);
   for (std::uint32_t page = 0; page < m.n_pages(); ++page) {
