@@ -31,6 +31,7 @@ class CacheAttention {
   double commit_seconds() const { return commit_seconds_; }
 
   cache::ByteCount bytes() const { return cache_.bytes(); }
+  std::size_t scratch_bytes() const { return attention_.scratch_bytes(); }
   const std::vector<float>& output() const { return output_; }
 
  private:

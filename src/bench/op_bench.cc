@@ -131,6 +131,7 @@ class OpBench {
         {"spread", spread(seconds)},
         {"commit_seconds", median(commit_seconds)},
         {"bytes", bytes.total() - bytes.slack},
+        {"scratch_bytes", ours.scratch_bytes()},
         {"bytes_per_s", read},
         {"peak_bytes_per_s", peaks.read_bytes_per_s},
         {"flops_per_s", flops},
