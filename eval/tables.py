@@ -61,6 +61,13 @@ def speed(records):
                      "decode tok/s", "vs f16"], rows)
 
 
+def speed_in_short(records):
+    """The small model with all threads, beside the cache that people use now."""
+    most = max(r["threads"] for r in records)
+    return speed([r for r in records if r["threads"] == most and "smollm2" in r["model"].lower()
+                  and r["policy"] in ("default", "f16")])
+
+
 def model_name(file):
     return file.removesuffix(".gguf")
 
@@ -119,3 +126,14 @@ def by_length(records):
                      milliseconds(r["seconds"], r["spread"]),
                      f"{r['seconds'] / r['bytes'] * 1e9 * MIB / 1e6:.3f}"])
     return markdown(["heads x size", "cells", "MiB packed", "scratch KiB", "ms", "ms per MiB"], rows)
+
+
+def policy_cost(records):
+    """The policy's work beside the attention of the same chunk."""
+    rows = [[f"{r['shape']['n_heads']}/{r['shape']['n_kv_heads']} x {r['shape']['head_dim']}",
+             r["threads"], r["n_query"], r["n_kv"], f"{r['seconds'] * 1e3:.1f}",
+             f"{r['commit_seconds'] * 1e3:.2f}",
+             f"{100 * r['commit_seconds'] / r['seconds']:.1f} %"]
+            for r in sorted(records, key=op_order) if r["n_query"] > 1]
+    return markdown(["heads x size", "threads", "queries", "cells", "attention ms", "sealing ms",
+                     "share"], rows)

@@ -46,8 +46,7 @@ CacheAttention::CacheAttention(const AttentionShape& shape,
   };
   then(call_prepare, 1);
   then(call_run, GGML_N_TASKS_MAX);
-  graph_.allocate();
-  graph_.expand(node);
+  graph_.finish(node);
 }
 
 void CacheAttention::put(std::uint32_t first, std::uint32_t n) {
@@ -82,9 +81,10 @@ void CacheAttention::fill(std::uint32_t n_tokens) {
   }
 }
 
-void CacheAttention::run(std::uint32_t n_threads) {
-  graph_.compute(n_threads);
+double CacheAttention::run(std::uint32_t n_threads, bool flushes_caches) {
+  const double seconds = graph_.compute(n_threads, flushes_caches);
   done_.value();
+  return seconds;
 }
 
 void CacheAttention::show(std::uint32_t first_row, std::uint32_t n_rows,

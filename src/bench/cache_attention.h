@@ -25,8 +25,8 @@ class CacheAttention {
 
   // Writes the last n_query tokens into their cells anew, so that the next run() finds them staged.
   void put_newest();
-  // Attention with the policy's work: saliency and sealing.
-  void run(std::uint32_t n_threads);
+  // Attention with the policy's work: saliency and sealing. Seconds.
+  double run(std::uint32_t n_threads, bool flushes_caches);
   // Time that the last run() spent in commit(): saliency and sealing.
   double commit_seconds() const { return commit_seconds_; }
 

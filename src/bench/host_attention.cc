@@ -28,8 +28,7 @@ HostAttention::HostAttention(const AttentionShape& shape, ggml_type type, std::u
   output_ = ggml_flash_attn_ext(context, ggml_permute(context, q, 0, 2, 1, 3), by_head(keys_),
                                 by_head(values_), mask,
                                 1.0f / std::sqrt(static_cast<float>(shape.head_dim)), 0.0f, 0.0f);
-  graph_.allocate();
-  graph_.expand(output_);
+  graph_.finish(output_);
 
   fill(keys_, RandomRows::Kind::kKey, rows);
   fill(values_, RandomRows::Kind::kValue, rows);

@@ -25,7 +25,10 @@ class HostAttention {
   HostAttention(const AttentionShape& shape, ggml_type type, std::uint32_t n_kv,
                 std::uint32_t n_query, const RandomRows& rows);
 
-  void run(std::uint32_t n_threads) { graph_.compute(n_threads); }
+  // Seconds.
+  double run(std::uint32_t n_threads, bool flushes_caches) {
+    return graph_.compute(n_threads, flushes_caches);
+  }
   std::size_t kv_bytes() const { return ggml_nbytes(keys_) + ggml_nbytes(values_); }
   const float* output() const { return static_cast<const float*>(output_->data); }
 

@@ -79,13 +79,13 @@ class OpBench {
       }
       for (std::uint32_t round = 0; round <= options_.rounds; ++round) {  // round 0 warms up
         ours.put_newest();
-        const double own = timed([&] { ours.run(n_threads); });
+        const double own = ours.run(n_threads, !options_.is_warm);
         if (round > 0) {
           seconds.push_back(own);
           commit_seconds.push_back(ours.commit_seconds());
         }
         for (Peer& peer : peers) {
-          const double theirs = timed([&] { peer.attention->run(n_threads); });
+          const double theirs = peer.attention->run(n_threads, !options_.is_warm);
           if (round > 0) {
             peer.seconds.push_back(theirs);
           }
@@ -99,13 +99,6 @@ class OpBench {
   std::vector<nlohmann::json> take_records() { return std::move(records_); }
 
  private:
-  double timed(const std::function<void()>& work) const {
-    if (!options_.is_warm) {
-      flush_caches();
-    }
-    return seconds_of(work);
-  }
-
   void record(const AttentionShape& shape, std::uint32_t n_kv, std::uint32_t n_query,
               std::uint32_t n_threads, const CacheAttention& ours,
               const std::vector<double>& seconds, const std::vector<double>& commit_seconds,

@@ -167,6 +167,9 @@ Peaks measure_peaks(std::string_view isa, std::uint32_t n_threads) {
           flops[0] * n_threads / dot_seconds};
 }
 
-void flush_caches() { sink = read(stream_memory().data(), stream_memory().size()); }
+void flush_caches(std::uint32_t ith, std::uint32_t n_threads) {
+  const std::size_t part = stream_memory().size() / n_threads;
+  sink = read(&stream_memory()[ith * part], part);
+}
 
 }  // namespace zipcache::bench
