@@ -2,7 +2,7 @@
 
 import math
 
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 720, 400, 64, 48, 24, 150
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 760, 400, 64, 48, 24, 190
 COLOURS = ["#1b6ca8", "#c8553d", "#4a8c4a", "#8a5aa8", "#b8860b", "#555555"]
 
 

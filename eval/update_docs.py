@@ -46,7 +46,9 @@ def origins(records):
         run = record["run"]
         commit = f" at {run['commit']}" if "commit" in run else ""
         text = (f"`{run['command']}` on {run['date']}, zipcache {run['zipcache']}{commit}, "
-                f"llama.cpp {run['llama.cpp']}, {run['cpu']}; {record.get('model', '')}")
+                f"llama.cpp {run['llama.cpp']}, {run['cpu']}")
+        if "model" in record:
+            text += f"; {record['model']}"
         if "n_ctx" in record:
             text += (f", {record['data']}, {record['n_tokens']} positions at context "
                      f"{record['n_ctx']}")

@@ -23,8 +23,9 @@ CacheAttention::CacheAttention(const AttentionShape& shape,
       n_kv_(n_kv),
       n_query_(n_query),
       rows_(rows),
-      cache_({.layer = 0, .n_cells = n_kv, .key_row = shape.kv_width(), .value_row = shape.kv_width()},
-             std::move(policy), std::make_shared<cache::Budget>()),
+      cache_(
+          {.layer = 0, .n_cells = n_kv, .key_row = shape.kv_width(), .value_row = shape.kv_width()},
+          std::move(policy), std::make_shared<cache::Budget>()),
       attention_(kernels) {
   cache_.set_heads(shape.n_kv_heads, shape.head_dim, shape.head_dim).value();
   query_.q_row_stride = query_.out_row_stride = shape.q_width();
@@ -57,9 +58,9 @@ void CacheAttention::put(std::uint32_t first, std::uint32_t n) {
     cache_.put(tensor, cells, {rows.data(), stride, /*is_half=*/false}).value();
   };
   const bool is_newest = n == n_query_ && first == n_kv_ - n_query_;
-  put_rows(cache::Tensor::kKey,
-           is_newest ? newest_keys_
-                     : rows_.make(RandomRows::Kind::kKey, first, n, shape_.kv_width()));
+  put_rows(
+      cache::Tensor::kKey,
+      is_newest ? newest_keys_ : rows_.make(RandomRows::Kind::kKey, first, n, shape_.kv_width()));
   put_rows(cache::Tensor::kValue,
            is_newest ? newest_values_
                      : rows_.make(RandomRows::Kind::kValue, first, n, shape_.kv_width()));

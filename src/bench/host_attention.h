@@ -3,12 +3,17 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
+#include "base/expected.h"
 #include "bench/op_graph.h"
 #include "bench/rows.h"
 
 namespace zipcache::bench {
+
+// llama.cpp's name of a cache type: f16, q8_0 or q4_0.
+Expected<ggml_type> cache_type(const std::string& name);
 
 struct AttentionShape {
   std::uint32_t n_heads = 0;

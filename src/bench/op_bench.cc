@@ -24,17 +24,8 @@ struct Peer {
   std::vector<double> seconds;
 };
 
-Expected<ggml_type> cache_type(const std::string& name) {
-  for (const ggml_type type : {GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0}) {
-    if (name == ggml_type_name(type)) {
-      return type;
-    }
-  }
-  return invalid_argument("peer '" + name + "' is unknown; there are f16, q8_0, q4_0");
-}
-
-// Root mean square of the outputs' difference over that of the peer's: what compression changes, or,
-// under policy fp16, whether both compute the same.
+// Root mean square of the outputs' difference over that of the peer's: what compression changes,
+// or, under policy fp16, whether both compute the same.
 double difference(const std::vector<float>& ours, const float* theirs) {
   double power = 0, error = 0;
   for (std::size_t i = 0; i < ours.size(); ++i) {
@@ -70,7 +61,8 @@ class OpBench {
       if (!type) {
         return type.error();
       }
-      peers.push_back({name, std::make_unique<HostAttention>(shape, *type, n_kv, n_query, rows), {}});
+      peers.push_back(
+          {name, std::make_unique<HostAttention>(shape, *type, n_kv, n_query, rows), {}});
     }
     for (const std::uint32_t n_threads : options_.threads) {
       std::vector<double> seconds, commit_seconds;
@@ -110,12 +102,13 @@ class OpBench {
     const double flops = operations(shape, n_kv, n_query) / middle;
     const double read_share = read / peaks.read_bytes_per_s;
     const bool has_dot = peaks.dot_flops_per_s > 0;
-    const double flops_share =
-        flops / (has_dot ? peaks.dot_flops_per_s : peaks.fma_flops_per_s);
+    const double flops_share = flops / (has_dot ? peaks.dot_flops_per_s : peaks.fma_flops_per_s);
     nlohmann::json record = {
         {"bench", "op"},
         {"shape",
-         {{"n_heads", shape.n_heads}, {"n_kv_heads", shape.n_kv_heads}, {"head_dim", shape.head_dim}}},
+         {{"n_heads", shape.n_heads},
+          {"n_kv_heads", shape.n_kv_heads},
+          {"head_dim", shape.head_dim}}},
         {"n_kv", n_kv},
         {"n_query", n_query},
         {"batch", 1},
@@ -145,11 +138,12 @@ class OpBench {
     if (!peers.empty()) {
       record["difference"] = difference(ours.output(), peers.front().attention->output());
     }
-    fmt::print("{}/{} x {:<3} {:>6} cells {:>4} queries {} threads {}: {:.3f} ms (commit {:.3f})  "
-               "{:.1f} GB/s {:.0f} %  {:.0f} GFLOP/s {:.0f} %{}\n",
-               shape.n_heads, shape.n_kv_heads, shape.head_dim, n_kv, n_query, n_threads,
-               kernels_->isa, middle * 1e3, median(commit_seconds) * 1e3, read / 1e9,
-               100 * read_share, flops / 1e9, 100 * flops_share, versus);
+    fmt::print(
+        "{}/{} x {:<3} {:>6} cells {:>4} queries {} threads {}: {:.3f} ms (commit {:.3f})  "
+        "{:.1f} GB/s {:.0f} %  {:.0f} GFLOP/s {:.0f} %{}\n",
+        shape.n_heads, shape.n_kv_heads, shape.head_dim, n_kv, n_query, n_threads, kernels_->isa,
+        middle * 1e3, median(commit_seconds) * 1e3, read / 1e9, 100 * read_share, flops / 1e9,
+        100 * flops_share, versus);
     std::fflush(stdout);
     records_.push_back(std::move(record));
   }

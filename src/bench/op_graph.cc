@@ -22,12 +22,14 @@ OpGraph::OpGraph() {
 }
 
 ggml_tensor* OpGraph::custom(ggml_custom_op_t function, int n_tasks) {
-  return ggml_custom_4d(context_.get(), GGML_TYPE_F32, 1, 1, 1, 1, nullptr, 0, function, n_tasks, this);
+  return ggml_custom_4d(context_.get(), GGML_TYPE_F32, 1, 1, 1, 1, nullptr, 0, function, n_tasks,
+                        this);
 }
 
 // Nodes are computed in this order, with a barrier after each.
 void OpGraph::finish(ggml_tensor* output) {
-  ggml_tensor* nodes[] = {custom(flush, GGML_N_TASKS_MAX), custom(start, 1), output, custom(stop, 1)};
+  ggml_tensor* nodes[] = {custom(flush, GGML_N_TASKS_MAX), custom(start, 1), output,
+                          custom(stop, 1)};
   buffer_.reset(ggml_backend_alloc_ctx_tensors(context_.get(), backend_.get()));
   ZC_CHECK(buffer_ != nullptr);
   for (ggml_tensor* node : nodes) {

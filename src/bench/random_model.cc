@@ -28,7 +28,10 @@ constexpr std::uint32_t kContext = 131072;
 class Writer {
  public:
   Writer(const ModelShape& shape, std::uint64_t seed)
-      : shape_(shape), seed_(seed), gguf_(gguf_init_empty()), tensors_(ggml_init({memory(), nullptr, false})) {}
+      : shape_(shape),
+        seed_(seed),
+        gguf_(gguf_init_empty()),
+        tensors_(ggml_init({memory(), nullptr, false})) {}
 
   bool write(const std::string& path) {
     add_hyperparameters();
@@ -46,11 +49,12 @@ class Writer {
   std::uint32_t kv_width() const { return shape_.n_embd / shape_.n_heads * shape_.n_kv_heads; }
 
   std::size_t memory() const {
-    const std::size_t per_layer = std::size_t{shape_.n_embd} * (2 * shape_.n_embd + 2 * kv_width() +
-                                                                3 * shape_.n_ff + 64);
+    const std::size_t per_layer =
+        std::size_t{shape_.n_embd} * (2 * shape_.n_embd + 2 * kv_width() + 3 * shape_.n_ff + 64);
     const std::size_t weights =
         per_layer * shape_.n_layers + std::size_t{shape_.n_embd} * (shape_.n_vocab + 64);
-    return weights / 16 * 9 + (std::size_t{shape_.n_layers} * 9 + 8) * (ggml_tensor_overhead() + 64) +
+    return weights / 16 * 9 +
+           (std::size_t{shape_.n_layers} * 9 + 8) * (ggml_tensor_overhead() + 64) +
            (std::size_t{1} << 20);
   }
 
@@ -146,7 +150,8 @@ class Writer {
     auto* out = static_cast<std::byte*>(tensor->data);
     Philox random(seed_, n_tensors_++, 0);
     for (std::size_t block = 0; block < ggml_nbytes(tensor) / kBlockBytes; ++block) {
-      const Half half = float_to_half(scale * (0.5f + static_cast<float>(random.next()) * 0x1p-32f));
+      const Half half =
+          float_to_half(scale * (0.5f + static_cast<float>(random.next()) * 0x1p-32f));
       std::memcpy(out, &half, sizeof half);
       for (std::size_t word = 0; word < 4; ++word) {
         const std::uint32_t codes = random.next();

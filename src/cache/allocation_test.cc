@@ -75,7 +75,8 @@ class AllocationTest : public testing::Test {
 
     const std::size_t before = n_allocations.load();
     const RowsView view{rows.data(), kKvHeads * kDim * sizeof(float), false};
-    const bool stored = cache_.put(Tensor::kKey, cells, view) && cache_.put(Tensor::kValue, cells, view);
+    const bool stored =
+        cache_.put(Tensor::kKey, cells, view) && cache_.put(Tensor::kValue, cells, view);
     visible_.assign(mask.data(), kCells, n_tokens, kCells);
     const bool prepared = stored && attention_.prepare(cache_, query_, 1);
     attention_.run(0);
@@ -92,7 +93,7 @@ class AllocationTest : public testing::Test {
   std::shared_ptr<const policy::Policy> policy_ =
       std::make_shared<const policy::Policy>(policy::make_policy({}).value());
   std::shared_ptr<Budget> budget_ = std::make_shared<Budget>();
-  LayerCache cache_{{0, kCells, kKvHeads * kDim, kKvHeads * kDim}, policy_, budget_};
+  LayerCache cache_{{0, kCells, kKvHeads* kDim, kKvHeads* kDim}, policy_, budget_};
   Attention attention_{*kernels::select_kernels("")};
   Visibility visible_;
   Query query_;

@@ -1,4 +1,5 @@
-// Every head size and group of query heads that models have, on every table: all visible and masked.
+// Every head size and group of query heads that models have, on every table: all visible and
+// masked.
 #include <gtest/gtest.h>
 
 #include <algorithm>

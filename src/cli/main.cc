@@ -8,6 +8,7 @@
 #include <exception>
 #include <filesystem>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "bench/bench_command.h"
@@ -37,10 +38,14 @@ std::vector<std::string> reversed_arguments(int argc, char** argv) {
   return arguments;
 }
 
-// As it was typed, files without their folders.
+// As it was typed, files without their folders, and without where results go.
 std::string command_line(int argc, char** argv) {
   std::string line = "zipcache";
   for (int i = 1; i < argc; ++i) {
+    if (argv[i] == std::string_view("--json")) {
+      ++i;
+      continue;
+    }
     const std::filesystem::path path(argv[i]);
     std::error_code ignored;
     const bool is_file = path.has_parent_path() && std::filesystem::exists(path, ignored);

@@ -38,8 +38,8 @@ struct Words {
 
 // How far ahead of the codes in use memory is asked for: a lane group is too short a stream (0.5 to
 // 4 KiB) for the hardware, and two groups are read side by side, so that 4 KiB ahead may be in use
-// already. Codes in memory, 4 rows x 128 lanes x 512: 3 bits 3.9 us at 4 KiB, 3.2 us at 8 KiB, 4 bits
-// 3.5 and 3.0 us; 512 lanes x 128 and codes in cache: no difference.
+// already. Codes in memory, 4 rows x 128 lanes x 512: 3 bits 3.9 us at 4 KiB, 3.2 us at 8 KiB, 4
+// bits 3.5 and 3.0 us; 512 lanes x 128 and codes in cache: no difference.
 constexpr std::size_t kPrefetchBytes = 8192;
 
 template <int kBits>
