@@ -9,7 +9,7 @@ def latest(records, *keys):
     """Of the records that agree in `keys` the last one, in the order of their first appearance."""
     found = {}
     for record in records:
-        found[tuple(record.get(key) for key in keys)] = record
+        found[tuple(str(record.get(key)) for key in keys)] = record
     return list(found.values())
 
 
@@ -51,9 +51,89 @@ def transcript(records):
 
 
 def speed(records):
-    rows = [[f"`{r['policy']}`", r["n_depth"], r["threads"],
+    """`zipcache bench model`: a whole model by depth."""
+    order = sorted(records, key=lambda r: (r["model"], r["threads"], r["n_depth"]))
+    rows = [[model_name(r["model"]), r["threads"], r["n_depth"], f"`{r['policy']}`",
              f"{r['prefill_tok_s']:.1f} ± {r['prefill_spread']:.1f}", f"{r['prefill_vs_f16']:.2f}x",
              f"{r['decode_tok_s']:.1f} ± {r['decode_spread']:.1f}", f"{r['decode_vs_f16']:.2f}x"]
-            for r in sorted(records, key=lambda r: r["n_depth"])]
-    return markdown(["cache", "depth", "threads", "prefill tok/s", "vs f16", "decode tok/s",
-                     "vs f16"], rows)
+            for r in order]
+    return markdown(["model", "threads", "depth", "cache", "prefill tok/s", "vs f16",
+                     "decode tok/s", "vs f16"], rows)
+
+
+def speed_in_short(records):
+    """The small model with all threads, beside the cache that people use now."""
+    most = max(r["threads"] for r in records)
+    return speed([r for r in records if r["threads"] == most and "smollm2" in r["model"].lower()
+                  and r["policy"] in ("default", "f16")])
+
+
+def model_name(file):
+    return file.removesuffix(".gguf")
+
+
+def op(records):
+    """`zipcache bench op`: attention alone."""
+    rows = []
+    for r in sorted(records, key=op_order):
+        row = [f"{r['shape']['n_heads']}/{r['shape']['n_kv_heads']} x {r['shape']['head_dim']}",
+               r["device"], r["threads"], r["n_query"], r["n_kv"], milliseconds(r["seconds"], r["spread"])]
+        for peer in ("f16", "q8_0", "q4_0"):
+            seconds = r["peers"].get(peer)
+            row.append("" if seconds is None else f"{seconds / r['seconds']:.1f}x")
+        row += [f"{r['bytes_per_s'] / 1e9:.1f}", f"{100 * r['bytes_per_s'] / r['peak_bytes_per_s']:.0f} %",
+                f"{r['flops_per_s'] / 1e9:.0f}",
+                f"{100 * r['flops_per_s'] / r['peak_flops_per_s']:.0f} %",
+                f"{100 * r['flops_per_s'] / r['peak_dot_flops_per_s']:.0f} %", r["binds"]]
+        rows.append(row)
+    return markdown(["heads x size", "ISA", "threads", "queries", "cells", "ms", "vs f16", "vs q8_0",
+                     "vs q4_0", "GB/s", "of read", "GFLOP/s", "of FMA", "of dot", "binds"], rows)
+
+
+def op_order(r):
+    shape = r["shape"]
+    return (r["n_query"], -shape["n_heads"], shape["head_dim"], r["device"], r["threads"], r["n_kv"])
+
+
+def milliseconds(seconds, spread):
+    digits = 3 if seconds < 0.01 else 1
+    return f"{seconds * 1e3:.{digits}f} ± {spread * 1e3:.{digits}f}"
+
+
+def kernels(records):
+    """`zipcache bench kernels`: GB/s and GFLOP/s per instruction set, side by side."""
+    isas = list(dict.fromkeys(r["device"] for r in records))
+    shapes = {}
+    for r in records:
+        shapes.setdefault((r["half"], r["lanes"], r["inner"], r["bits"], r["rows"]), {})[r["device"]] = r
+    rows = []
+    for (half, lanes, inner, bits, n_rows), found in shapes.items():
+        row = [half, f"{lanes} x {inner}", "fp16" if bits == 16 else bits, n_rows]
+        for isa in isas:
+            r = found.get(isa)
+            row.append("" if r is None else f"{r['bytes_per_s'] / 1e9:.1f}, {r['flops_per_s'] / 1e9:.0f}")
+        rows.append(row)
+    return markdown(["product", "lanes x inner", "bits", "rows",
+                     *(f"{isa}: GB/s, GFLOP/s" for isa in isas)], rows)
+
+
+def by_length(records):
+    """Decode attention from 1k to 64k cells: is it linear?"""
+    rows = []
+    for r in sorted((r for r in records if r["n_query"] == 1), key=op_order):
+        rows.append([f"{r['shape']['n_heads']}/{r['shape']['n_kv_heads']} x {r['shape']['head_dim']}",
+                     r["n_kv"], f"{r['bytes'] / MIB:.2f}", f"{r['scratch_bytes'] / 1024:.0f}",
+                     milliseconds(r["seconds"], r["spread"]),
+                     f"{r['seconds'] / r['bytes'] * 1e9 * MIB / 1e6:.3f}"])
+    return markdown(["heads x size", "cells", "MiB packed", "scratch KiB", "ms", "ms per MiB"], rows)
+
+
+def policy_cost(records):
+    """The policy's work beside the attention of the same chunk."""
+    rows = [[f"{r['shape']['n_heads']}/{r['shape']['n_kv_heads']} x {r['shape']['head_dim']}",
+             r["threads"], r["n_query"], r["n_kv"], f"{r['seconds'] * 1e3:.1f}",
+             f"{r['commit_seconds'] * 1e3:.2f}",
+             f"{100 * r['commit_seconds'] / r['seconds']:.1f} %"]
+            for r in sorted(records, key=op_order) if r["n_query"] > 1]
+    return markdown(["heads x size", "threads", "queries", "cells", "attention ms", "sealing ms",
+                     "share"], rows)

@@ -10,16 +10,30 @@ import re
 import sys
 
 import harness
+import plot
 import tables
+
+OP_KEYS = ("shape", "n_kv", "n_query", "device", "threads", "policy")
 
 # name of the place: (file of results, what makes a row unique, table, command)
 TABLES = {
     "kld": ("kld.jsonl", ("model", "data", "n_ctx", "policy"), tables.kld, "eval/kld.py"),
     "speed": ("speed.jsonl", ("model", "n_depth", "threads", "policy"), tables.speed,
-              "eval/speed.py"),
+              "eval/speed.sh"),
+    "speed-in-short": ("speed.jsonl", ("model", "n_depth", "threads", "policy"),
+                       tables.speed_in_short, "eval/speed.sh"),
+    "op": ("op.jsonl", OP_KEYS, tables.op, "eval/speed.sh"),
+    "policy-cost": ("op.jsonl", OP_KEYS, tables.policy_cost, "eval/speed.sh"),
+    "by-length": ("by_length.jsonl", OP_KEYS, tables.by_length, "eval/speed.sh"),
+    "kernels": ("kernels.jsonl", ("device", "half", "lanes", "inner", "bits", "rows"),
+                tables.kernels, "eval/speed.sh"),
     "memory": ("memory.jsonl", ("model", "n_tokens", "policy"), tables.memory, "eval/memory.py"),
     "demo": ("demo.jsonl", ("label",), tables.demo, "eval/demo.py"),
     "transcript": ("demo.jsonl", ("label",), tables.transcript, "eval/demo.py"),
+}
+# drawn file: (file of results, what makes a point unique, drawing)
+PLOTS = {
+    "docs/decode_by_length.svg": ("by_length.jsonl", OP_KEYS, plot.decode_by_length),
 }
 PLACE = re.compile(r"(<!-- generated: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 PAGES = [harness.ROOT / "README.md", *sorted((harness.ROOT / "docs").rglob("*.md"))]
@@ -30,9 +44,11 @@ def origins(records):
     found = {}
     for record in records:
         run = record["run"]
-        text = (f"`{run['command']}` on {run['date']}, "
-                f"zipcache {run['zipcache']} at {run['commit']}, "
-                f"llama.cpp {run['llama.cpp']}, {run['cpu']}; {record.get('model', '')}")
+        commit = f" at {run['commit']}" if "commit" in run else ""
+        text = (f"`{run['command']}` on {run['date']}, zipcache {run['zipcache']}{commit}, "
+                f"llama.cpp {run['llama.cpp']}, {run['cpu']}")
+        if "model" in record:
+            text += f"; {record['model']}"
         if "n_ctx" in record:
             text += (f", {record['data']}, {record['n_tokens']} positions at context "
                      f"{record['n_ctx']}")
@@ -54,10 +70,17 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing, fail on a difference")
     args = parser.parse_args()
-    stale = []
+    generated = {}
     for page in PAGES:
-        old = page.read_text(encoding="utf-8")
-        new = PLACE.sub(lambda place: place[1] + table(place[2]) + place[4], old)
+        generated[page] = PLACE.sub(lambda place: place[1] + table(place[2]) + place[4],
+                                    page.read_text(encoding="utf-8"))
+    for name, (file, keys, draw) in PLOTS.items():
+        records = tables.latest(harness.read(harness.RESULTS, file), *keys)
+        if records:
+            generated[harness.ROOT / name] = draw(records)
+    stale = []
+    for page, new in generated.items():
+        old = page.read_text(encoding="utf-8") if page.exists() else ""
         if new == old:
             continue
         stale.append(str(page.relative_to(harness.ROOT)))

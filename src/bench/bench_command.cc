@@ -3,6 +3,7 @@
 #include <CLI/CLI.hpp>
 #include <charconv>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "bench/kernel_bench.h"
@@ -20,13 +21,13 @@ Expected<AttentionShape> parse_shape(const std::string& text) {
   AttentionShape shape;
   const char* at = text.data();
   const char* const end = at + text.size();
-  for (const auto& [number, separator] : {std::pair{&shape.n_heads, '/'},
-                                         {&shape.n_kv_heads, 'x'},
-                                         {&shape.head_dim, '\0'}}) {
+  for (const auto& [number, separator] :
+       {std::pair{&shape.n_heads, '/'}, {&shape.n_kv_heads, 'x'}, {&shape.head_dim, '\0'}}) {
     const auto [stop, code] = std::from_chars(at, end, *number);
     const bool ends_well = separator == '\0' ? stop == end : stop != end && *stop == separator;
     if (code != std::errc{} || !ends_well || *number == 0) {
-      return invalid_argument("shape '" + text + "': expected HEADS/KV_HEADSxHEAD_DIM, as 32/8x128");
+      return invalid_argument("shape '" + text +
+                              "': expected HEADS/KV_HEADSxHEAD_DIM, as 32/8x128");
     }
     at = stop + 1;
   }
@@ -92,9 +93,9 @@ struct BenchCommand::Impl {
   void add_model(CLI::App& command) {
     model = command.add_subcommand("model", "A whole model by depth, columns of llama-bench");
     model->add_option("-m,--model", model_options.model_path, "a GGUF file")->type_name("FILE");
-    model->add_option("--shape", model_shape_name,
-                      "random weights instead, written to --model unless there: " +
-                          model_shape_names());
+    model->add_option(
+        "--shape", model_shape_name,
+        "random weights instead, written to --model unless there: " + model_shape_names());
     model->add_option("-d,--depths", model_options.depths, "tokens in the cache")->delimiter(',');
     model->add_option("-p,--n-prompt", model_options.n_prompt, "tokens read at each depth");
     model->add_option("-n,--n-gen", model_options.n_generate, "tokens generated at each depth");
@@ -131,7 +132,9 @@ struct BenchCommand::Impl {
   }
 };
 
-BenchCommand::BenchCommand(CLI::App& command) : impl_(std::make_unique<Impl>()) {
+BenchCommand::BenchCommand(CLI::App& command, std::string command_line)
+    : impl_(std::make_unique<Impl>()) {
+  impl_->command_line = std::move(command_line);
   command.require_subcommand(1);
   command.fallthrough();
   command.add_option("--json", impl_->json_path, "append the measurements, one JSON object a line")

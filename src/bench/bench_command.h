@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <string>
 
 #include "base/expected.h"
 
@@ -13,8 +14,8 @@ namespace zipcache::bench {
 
 class BenchCommand {
  public:
-  // Adds the subcommands to `command`.
-  explicit BenchCommand(CLI::App& command);
+  // Adds the subcommands to `command`; `command_line` is what records are said to come from.
+  BenchCommand(CLI::App& command, std::string command_line);
   ~BenchCommand();
 
   // Runs the one that was parsed.

@@ -23,8 +23,9 @@ CacheAttention::CacheAttention(const AttentionShape& shape,
       n_kv_(n_kv),
       n_query_(n_query),
       rows_(rows),
-      cache_({.layer = 0, .n_cells = n_kv, .key_row = shape.kv_width(), .value_row = shape.kv_width()},
-             std::move(policy), std::make_shared<cache::Budget>()),
+      cache_(
+          {.layer = 0, .n_cells = n_kv, .key_row = shape.kv_width(), .value_row = shape.kv_width()},
+          std::move(policy), std::make_shared<cache::Budget>()),
       attention_(kernels) {
   cache_.set_heads(shape.n_kv_heads, shape.head_dim, shape.head_dim).value();
   query_.q_row_stride = query_.out_row_stride = shape.q_width();
@@ -46,9 +47,7 @@ CacheAttention::CacheAttention(const AttentionShape& shape,
   };
   then(call_prepare, 1);
   then(call_run, GGML_N_TASKS_MAX);
-  then(call_commit, 1);
-  graph_.allocate();
-  graph_.expand(node);
+  graph_.finish(node);
 }
 
 void CacheAttention::put(std::uint32_t first, std::uint32_t n) {
@@ -59,9 +58,9 @@ void CacheAttention::put(std::uint32_t first, std::uint32_t n) {
     cache_.put(tensor, cells, {rows.data(), stride, /*is_half=*/false}).value();
   };
   const bool is_newest = n == n_query_ && first == n_kv_ - n_query_;
-  put_rows(cache::Tensor::kKey,
-           is_newest ? newest_keys_
-                     : rows_.make(RandomRows::Kind::kKey, first, n, shape_.kv_width()));
+  put_rows(
+      cache::Tensor::kKey,
+      is_newest ? newest_keys_ : rows_.make(RandomRows::Kind::kKey, first, n, shape_.kv_width()));
   put_rows(cache::Tensor::kValue,
            is_newest ? newest_values_
                      : rows_.make(RandomRows::Kind::kValue, first, n, shape_.kv_width()));
@@ -83,9 +82,10 @@ void CacheAttention::fill(std::uint32_t n_tokens) {
   }
 }
 
-void CacheAttention::run(std::uint32_t n_threads) {
-  graph_.compute(n_threads);
+double CacheAttention::run(std::uint32_t n_threads, bool flushes_caches) {
+  const double seconds = graph_.compute(n_threads, flushes_caches);
   done_.value();
+  return seconds;
 }
 
 void CacheAttention::show(std::uint32_t first_row, std::uint32_t n_rows,
@@ -105,6 +105,7 @@ void CacheAttention::show(std::uint32_t first_row, std::uint32_t n_rows,
 }
 
 void CacheAttention::prepare(std::uint32_t n_threads) {
+  n_attending_.store(n_threads, std::memory_order_relaxed);
   done_ = attention_.prepare(cache_, query_, n_threads);
 }
 
@@ -120,11 +121,10 @@ void CacheAttention::call_prepare(ggml_tensor* /*node*/, int ith, int n_threads,
   }
 }
 void CacheAttention::call_run(ggml_tensor* /*node*/, int ith, int /*n_threads*/, void* self) {
-  static_cast<CacheAttention*>(self)->attention_.run(static_cast<std::uint32_t>(ith));
-}
-void CacheAttention::call_commit(ggml_tensor* /*node*/, int ith, int /*n_threads*/, void* self) {
-  if (ith == 0) {
-    static_cast<CacheAttention*>(self)->commit();
+  auto& step = *static_cast<CacheAttention*>(self);
+  step.attention_.run(static_cast<std::uint32_t>(ith));
+  if (step.n_attending_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
+    step.commit();
   }
 }
 

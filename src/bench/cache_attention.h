@@ -1,7 +1,8 @@
 // Our side: a LayerCache that was filled chunk by chunk, and one attention step over it as the
-// plug-in runs it: prepare on one thread, run on all, commit on one, in the host's thread pool.
+// plug-in runs it in the host's thread pool: prepare on one thread, run on all, commit on the last.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -24,12 +25,13 @@ class CacheAttention {
 
   // Writes the last n_query tokens into their cells anew, so that the next run() finds them staged.
   void put_newest();
-  // Attention with the policy's work: saliency and sealing.
-  void run(std::uint32_t n_threads);
+  // Attention with the policy's work: saliency and sealing. Seconds.
+  double run(std::uint32_t n_threads, bool flushes_caches);
   // Time that the last run() spent in commit(): saliency and sealing.
   double commit_seconds() const { return commit_seconds_; }
 
   cache::ByteCount bytes() const { return cache_.bytes(); }
+  std::size_t scratch_bytes() const { return attention_.scratch_bytes(); }
   const std::vector<float>& output() const { return output_; }
 
  private:
@@ -41,7 +43,6 @@ class CacheAttention {
   void commit();
   static void call_prepare(ggml_tensor* node, int ith, int n_threads, void* self);
   static void call_run(ggml_tensor* node, int ith, int n_threads, void* self);
-  static void call_commit(ggml_tensor* node, int ith, int n_threads, void* self);
 
   const AttentionShape shape_;
   const std::uint32_t n_kv_, n_query_;
@@ -54,6 +55,7 @@ class CacheAttention {
   std::vector<float> newest_keys_, newest_values_;
   cache::Query query_;
   Status done_ = ok_status();  // the host's callbacks can't fail
+  std::atomic<std::uint32_t> n_attending_{0};
   double commit_seconds_ = 0;
   OpGraph graph_;
 };

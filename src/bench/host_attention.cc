@@ -13,12 +13,22 @@ constexpr std::uint32_t kChunkRows = 512;
 
 }  // namespace
 
+Expected<ggml_type> cache_type(const std::string& name) {
+  for (const ggml_type type : {GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0}) {
+    if (name == ggml_type_name(type)) {
+      return type;
+    }
+  }
+  return invalid_argument("peer '" + name + "' is unknown; there are f16, q8_0, q4_0");
+}
+
 HostAttention::HostAttention(const AttentionShape& shape, ggml_type type, std::uint32_t n_kv,
                              std::uint32_t n_query, const RandomRows& rows) {
   ggml_context* context = graph_.context();
   keys_ = ggml_new_tensor_2d(context, type, shape.kv_width(), n_kv);
   values_ = ggml_new_tensor_2d(context, type, shape.kv_width(), n_kv);
-  ggml_tensor* q = ggml_new_tensor_3d(context, GGML_TYPE_F32, shape.head_dim, shape.n_heads, n_query);
+  ggml_tensor* q =
+      ggml_new_tensor_3d(context, GGML_TYPE_F32, shape.head_dim, shape.n_heads, n_query);
   ggml_tensor* mask = ggml_new_tensor_2d(context, GGML_TYPE_F16, n_kv, n_query);
   const auto by_head = [&](ggml_tensor* kv) {
     return ggml_view_3d(context, kv, shape.head_dim, n_kv, shape.n_kv_heads,
@@ -28,8 +38,7 @@ HostAttention::HostAttention(const AttentionShape& shape, ggml_type type, std::u
   output_ = ggml_flash_attn_ext(context, ggml_permute(context, q, 0, 2, 1, 3), by_head(keys_),
                                 by_head(values_), mask,
                                 1.0f / std::sqrt(static_cast<float>(shape.head_dim)), 0.0f, 0.0f);
-  graph_.allocate();
-  graph_.expand(output_);
+  graph_.finish(output_);
 
   fill(keys_, RandomRows::Kind::kKey, rows);
   fill(values_, RandomRows::Kind::kValue, rows);

@@ -3,12 +3,17 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
+#include "base/expected.h"
 #include "bench/op_graph.h"
 #include "bench/rows.h"
 
 namespace zipcache::bench {
+
+// llama.cpp's name of a cache type: f16, q8_0 or q4_0.
+Expected<ggml_type> cache_type(const std::string& name);
 
 struct AttentionShape {
   std::uint32_t n_heads = 0;
@@ -25,7 +30,10 @@ class HostAttention {
   HostAttention(const AttentionShape& shape, ggml_type type, std::uint32_t n_kv,
                 std::uint32_t n_query, const RandomRows& rows);
 
-  void run(std::uint32_t n_threads) { graph_.compute(n_threads); }
+  // Seconds.
+  double run(std::uint32_t n_threads, bool flushes_caches) {
+    return graph_.compute(n_threads, flushes_caches);
+  }
   std::size_t kv_bytes() const { return ggml_nbytes(keys_) + ggml_nbytes(values_); }
   const float* output() const { return static_cast<const float*>(output_->data); }
 

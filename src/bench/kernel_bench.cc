@@ -51,10 +51,11 @@ class KernelBench {
  public:
   explicit KernelBench(const KernelOptions& options) : options_(options) {}
 
-  void measure(const std::vector<const kernels::KernelTable*>& tables, int bits,
-               const Shape& shape, std::uint32_t n_rows) {
+  void measure(const std::vector<const kernels::KernelTable*>& tables, int bits, const Shape& shape,
+               std::uint32_t n_rows) {
     const std::size_t bytes = round_up(matrix_bytes(bits, shape), kAlignmentBytes);
-    const std::size_t n_matrices = options_.is_warm ? 1 : std::max<std::size_t>(1, kColdBytes / bytes);
+    const std::size_t n_matrices =
+        options_.is_warm ? 1 : std::max<std::size_t>(1, kColdBytes / bytes);
     const std::size_t n_calls = options_.is_warm ? kWarmCalls : n_matrices;
     const AlignedVector<std::byte> data = random_matrices(bits, bytes * n_matrices);
 
@@ -127,10 +128,12 @@ class KernelBench {
                         {"binds", read_share > flops_share ? "memory" : "compute"},
                         {"device", isa},
                         {"threads", 1}});
-    fmt::print("{:<6} {:>2} bits {:>3} x {:<3} {:>2} rows {:<8}: {:8.2f} us ± {:.2f}  {:5.1f} GB/s {:3.0f} %  "
-               "{:4.0f} GFLOP/s {:3.0f} %\n",
-               shape.half, bits, shape.lanes, shape.inner, n_rows, isa, middle * 1e6,
-               spread(seconds) * 1e6, read / 1e9, 100 * read_share, flops / 1e9, 100 * flops_share);
+    fmt::print(
+        "{:<6} {:>2} bits {:>3} x {:<3} {:>2} rows {:<8}: {:8.2f} us ± {:.2f}  {:5.1f} GB/s "
+        "{:3.0f} %  "
+        "{:4.0f} GFLOP/s {:3.0f} %\n",
+        shape.half, bits, shape.lanes, shape.inner, n_rows, isa, middle * 1e6,
+        spread(seconds) * 1e6, read / 1e9, 100 * read_share, flops / 1e9, 100 * flops_share);
     std::fflush(stdout);
   }
 
@@ -159,13 +162,14 @@ Expected<std::vector<nlohmann::json>> bench_kernels(const KernelOptions& options
   }
   for (const int bits : options.widths) {
     if (bits != 16 && !format::is_code_width(bits)) {
-      return invalid_argument(fmt::format("width {} found; there are 2, 3, 4, 8 and 16 bits", bits));
+      return invalid_argument(
+          fmt::format("width {} found; there are 2, 3, 4, 8 and 16 bits", bits));
     }
   }
   KernelBench bench(options);
   for (const std::uint32_t dim : options.dims) {
-    for (const Shape& shape : {Shape{"scores", options.n_tokens, dim},
-                               Shape{"values", dim, options.n_tokens}}) {
+    for (const Shape& shape :
+         {Shape{"scores", options.n_tokens, dim}, Shape{"values", dim, options.n_tokens}}) {
       for (const int bits : options.widths) {
         for (const std::uint32_t n_rows : options.rows) {
           bench.measure(tables, bits, shape, n_rows);

@@ -7,6 +7,7 @@
 #include <memory>
 #include <utility>
 
+#include "bench/host_attention.h"
 #include "bench/measure.h"
 #include "cli/host_log.h"
 #include "cli/model.h"
@@ -37,8 +38,7 @@ class Contender {
     params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
     params.type_k = params.type_v = type;
     context_.reset(llama_init_from_model(model.get(), params));
-    n_vocab_ = static_cast<std::uint32_t>(
-        llama_vocab_n_tokens(llama_model_get_vocab(model.get())));
+    n_vocab_ = static_cast<std::uint32_t>(llama_vocab_n_tokens(llama_model_get_vocab(model.get())));
     return context_ ? ok_status()
                     : Status(unsupported(name + ": can't make a context: " +
                                          cli::explain_failure("llama.cpp does not say why")));
@@ -129,15 +129,6 @@ class Contender {
   std::uint32_t n_vocab_ = 0;
 };
 
-Expected<ggml_type> cache_type(const std::string& name) {
-  for (const ggml_type type : {GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0}) {
-    if (name == ggml_type_name(type)) {
-      return type;
-    }
-  }
-  return invalid_argument("peer '" + name + "' is unknown; there are f16, q8_0, q4_0");
-}
-
 std::string policy_name(const std::map<std::string, std::string>& settings) {
   std::string name;
   for (const auto& [key, value] : settings) {
@@ -226,7 +217,8 @@ class ModelBench {
     contender->name = name;
     // As llama.cpp pads it; a chunk of filling may go beyond the deepest point.
     Status opened = contender->open(
-        model, type, (deepest + std::max(options_.n_prompt, options_.n_generate) + 255) / 256 * 256);
+        model, type,
+        (deepest + std::max(options_.n_prompt, options_.n_generate) + 255) / 256 * 256);
     contenders_.push_back(std::move(contender));
     return opened;
   }
@@ -261,9 +253,11 @@ class ModelBench {
         record["decode_vs_f16"] = decode_ratio;
         versus = fmt::format("  {:.2f}x {:.2f}x of f16", prefill_ratio, decode_ratio);
       }
-      fmt::print("{:<10} depth {:>6} threads {}: pp{} {:.1f} ± {:.1f} tok/s  tg{} {:.1f} ± {:.1f} tok/s{}\n",
-                 contender->name, depth, n_threads, options_.n_prompt, prefill, prefill_spread,
-                 options_.n_generate, decode, decode_spread, versus);
+      fmt::print(
+          "{:<10} depth {:>6} threads {}: pp{} {:.1f} ± {:.1f} tok/s  tg{} {:.1f} ± {:.1f} "
+          "tok/s{}\n",
+          contender->name, depth, n_threads, options_.n_prompt, prefill, prefill_spread,
+          options_.n_generate, decode, decode_spread, versus);
       records_.push_back(std::move(record));
     }
     std::fflush(stdout);
@@ -288,8 +282,8 @@ class ModelBench {
 
 Expected<std::vector<nlohmann::json>> bench_model(const ModelOptions& options) {
   if (options.n_prompt == 0 || options.n_prompt > kUbatch || options.n_generate == 0) {
-    return invalid_argument(fmt::format("1 to {} prompt tokens and at least 1 generated one needed",
-                                        kUbatch));
+    return invalid_argument(
+        fmt::format("1 to {} prompt tokens and at least 1 generated one needed", kUbatch));
   }
   cli::install_host_log(/*verbose=*/false);
   ModelBench bench(options);

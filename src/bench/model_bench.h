@@ -14,9 +14,10 @@ namespace zipcache::bench {
 
 struct ModelOptions {
   std::string model_path;
-  std::vector<std::uint32_t> depths{256, 1024, 4096};  // tokens in the cache before each measurement
-  std::uint32_t n_prompt = 128;                        // tokens read at once
-  std::uint32_t n_generate = 16;                       // tokens generated one by one
+  std::vector<std::uint32_t> depths{256, 1024,
+                                    4096};  // tokens in the cache before each measurement
+  std::uint32_t n_prompt = 128;             // tokens read at once
+  std::uint32_t n_generate = 16;            // tokens generated one by one
   std::vector<std::uint32_t> threads{2};
   std::vector<std::string> peers{"f16", "q8_0", "q4_0"};
   std::uint32_t rounds = 3;

@@ -24,23 +24,16 @@ struct Peer {
   std::vector<double> seconds;
 };
 
-Expected<ggml_type> cache_type(const std::string& name) {
-  for (const ggml_type type : {GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0}) {
-    if (name == ggml_type_name(type)) {
-      return type;
-    }
-  }
-  return invalid_argument("peer '" + name + "' is unknown; there are f16, q8_0, q4_0");
-}
-
-// Largest difference of outputs over their largest magnitude: whether both computed the same.
+// Root mean square of the outputs' difference over that of the peer's: what compression changes,
+// or, under policy fp16, whether both compute the same.
 double difference(const std::vector<float>& ours, const float* theirs) {
-  double largest = 0, apart = 0;
+  double power = 0, error = 0;
   for (std::size_t i = 0; i < ours.size(); ++i) {
-    largest = std::max(largest, double(std::abs(theirs[i])));
-    apart = std::max(apart, double(std::abs(ours[i] - theirs[i])));
+    const double apart = double{ours[i]} - double{theirs[i]};
+    power += double{theirs[i]} * double{theirs[i]};
+    error += apart * apart;
   }
-  return apart / largest;
+  return std::sqrt(error / power);
 }
 
 // Multiply-adds of both halves, two operations each; rows of the causal triangle as they are.
@@ -68,7 +61,8 @@ class OpBench {
       if (!type) {
         return type.error();
       }
-      peers.push_back({name, std::make_unique<HostAttention>(shape, *type, n_kv, n_query, rows), {}});
+      peers.push_back(
+          {name, std::make_unique<HostAttention>(shape, *type, n_kv, n_query, rows), {}});
     }
     for (const std::uint32_t n_threads : options_.threads) {
       std::vector<double> seconds, commit_seconds;
@@ -77,13 +71,13 @@ class OpBench {
       }
       for (std::uint32_t round = 0; round <= options_.rounds; ++round) {  // round 0 warms up
         ours.put_newest();
-        const double own = timed([&] { ours.run(n_threads); });
+        const double own = ours.run(n_threads, !options_.is_warm);
         if (round > 0) {
           seconds.push_back(own);
           commit_seconds.push_back(ours.commit_seconds());
         }
         for (Peer& peer : peers) {
-          const double theirs = timed([&] { peer.attention->run(n_threads); });
+          const double theirs = peer.attention->run(n_threads, !options_.is_warm);
           if (round > 0) {
             peer.seconds.push_back(theirs);
           }
@@ -97,13 +91,6 @@ class OpBench {
   std::vector<nlohmann::json> take_records() { return std::move(records_); }
 
  private:
-  double timed(const std::function<void()>& work) const {
-    if (!options_.is_warm) {
-      flush_caches();
-    }
-    return seconds_of(work);
-  }
-
   void record(const AttentionShape& shape, std::uint32_t n_kv, std::uint32_t n_query,
               std::uint32_t n_threads, const CacheAttention& ours,
               const std::vector<double>& seconds, const std::vector<double>& commit_seconds,
@@ -115,12 +102,13 @@ class OpBench {
     const double flops = operations(shape, n_kv, n_query) / middle;
     const double read_share = read / peaks.read_bytes_per_s;
     const bool has_dot = peaks.dot_flops_per_s > 0;
-    const double flops_share =
-        flops / (has_dot ? peaks.dot_flops_per_s : peaks.fma_flops_per_s);
+    const double flops_share = flops / (has_dot ? peaks.dot_flops_per_s : peaks.fma_flops_per_s);
     nlohmann::json record = {
         {"bench", "op"},
         {"shape",
-         {{"n_heads", shape.n_heads}, {"n_kv_heads", shape.n_kv_heads}, {"head_dim", shape.head_dim}}},
+         {{"n_heads", shape.n_heads},
+          {"n_kv_heads", shape.n_kv_heads},
+          {"head_dim", shape.head_dim}}},
         {"n_kv", n_kv},
         {"n_query", n_query},
         {"batch", 1},
@@ -129,6 +117,7 @@ class OpBench {
         {"spread", spread(seconds)},
         {"commit_seconds", median(commit_seconds)},
         {"bytes", bytes.total() - bytes.slack},
+        {"scratch_bytes", ours.scratch_bytes()},
         {"bytes_per_s", read},
         {"peak_bytes_per_s", peaks.read_bytes_per_s},
         {"flops_per_s", flops},
@@ -149,11 +138,12 @@ class OpBench {
     if (!peers.empty()) {
       record["difference"] = difference(ours.output(), peers.front().attention->output());
     }
-    fmt::print("{}/{} x {:<3} {:>6} cells {:>4} queries {} threads {}: {:.3f} ms (commit {:.3f})  "
-               "{:.1f} GB/s {:.0f} %  {:.0f} GFLOP/s {:.0f} %{}\n",
-               shape.n_heads, shape.n_kv_heads, shape.head_dim, n_kv, n_query, n_threads,
-               kernels_->isa, middle * 1e3, median(commit_seconds) * 1e3, read / 1e9,
-               100 * read_share, flops / 1e9, 100 * flops_share, versus);
+    fmt::print(
+        "{}/{} x {:<3} {:>6} cells {:>4} queries {} threads {}: {:.3f} ms (commit {:.3f})  "
+        "{:.1f} GB/s {:.0f} %  {:.0f} GFLOP/s {:.0f} %{}\n",
+        shape.n_heads, shape.n_kv_heads, shape.head_dim, n_kv, n_query, n_threads, kernels_->isa,
+        middle * 1e3, median(commit_seconds) * 1e3, read / 1e9, 100 * read_share, flops / 1e9,
+        100 * flops_share, versus);
     std::fflush(stdout);
     records_.push_back(std::move(record));
   }

@@ -1,6 +1,7 @@
 // A ggml graph on the host's CPU backend: both sides of a comparison run in its thread pool.
 #pragma once
 
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -14,14 +15,21 @@ class OpGraph {
  public:
   OpGraph();
 
-  // For making tensors. allocate() gives them memory, once.
+  // For making tensors.
   ggml_context* context() { return context_.get(); }
-  void allocate();
-  // Appends the tensors that `output` needs, then computes all of them each time.
-  void expand(ggml_tensor* output);
-  void compute(std::uint32_t n_threads);
+  // Gives the tensors memory; from now on the graph computes what `output` needs. Once.
+  void finish(ggml_tensor* output);
+  // Returns the seconds that it took, measured between two nodes of the graph: with its threads
+  // awake, as in the middle of a model, and, if asked for, nothing in the processor's caches.
+  double compute(std::uint32_t n_threads, bool flushes_caches);
 
  private:
+  using Clock = std::chrono::steady_clock;
+  static void flush(ggml_tensor* node, int ith, int n_threads, void* self);
+  static void start(ggml_tensor* node, int ith, int n_threads, void* self);
+  static void stop(ggml_tensor* node, int ith, int n_threads, void* self);
+  ggml_tensor* custom(ggml_custom_op_t function, int n_tasks);
+
   struct Free {
     void operator()(ggml_context* context) const { ggml_free(context); }
     void operator()(ggml_backend* backend) const { ggml_backend_free(backend); }
@@ -31,6 +39,8 @@ class OpGraph {
   std::unique_ptr<ggml_context, Free> context_;
   std::unique_ptr<ggml_backend_buffer, Free> buffer_;
   ggml_cgraph* graph_ = nullptr;
+  bool flushes_caches_ = false;
+  Clock::time_point start_, stop_;
 };
 
 }  // namespace zipcache::bench

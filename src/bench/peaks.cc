@@ -132,13 +132,14 @@ double fastest(std::uint32_t n_threads, const std::function<void(std::uint32_t i
   double seconds = 1e9;
   for (int round = 0; round < kRounds; ++round) {
     seconds = std::min(seconds, seconds_of([&] {
-      std::vector<std::thread> threads;
-      for (std::uint32_t ith = 1; ith < n_threads; ++ith) {
-        threads.emplace_back(work, ith);
-      }
-      work(0);
-      std::for_each(threads.begin(), threads.end(), [](std::thread& thread) { thread.join(); });
-    }));
+                         std::vector<std::thread> threads;
+                         for (std::uint32_t ith = 1; ith < n_threads; ++ith) {
+                           threads.emplace_back(work, ith);
+                         }
+                         work(0);
+                         std::for_each(threads.begin(), threads.end(),
+                                       [](std::thread& thread) { thread.join(); });
+                       }));
   }
   return seconds;
 }
@@ -161,12 +162,14 @@ Peaks measure_peaks(std::string_view isa, std::uint32_t n_threads) {
   const double fma_seconds =
       fastest(n_threads, [&](std::uint32_t ith) { flops[ith] = multiply_add(isa); });
   const double fma_flops = flops[0] * n_threads / fma_seconds;
-  const double dot_seconds =
-      fastest(n_threads, [&](std::uint32_t ith) { flops[ith] = dot(isa); });
+  const double dot_seconds = fastest(n_threads, [&](std::uint32_t ith) { flops[ith] = dot(isa); });
   return {double(part * n_threads * sizeof(std::uint64_t)) / read_seconds, fma_flops,
           flops[0] * n_threads / dot_seconds};
 }
 
-void flush_caches() { sink = read(stream_memory().data(), stream_memory().size()); }
+void flush_caches(std::uint32_t ith, std::uint32_t n_threads) {
+  const std::size_t part = stream_memory().size() / n_threads;
+  sink = read(&stream_memory()[ith * part], part);
+}
 
 }  // namespace zipcache::bench

@@ -17,7 +17,7 @@ struct Peaks {
 // `isa` is a kernel table's name: the width of the vectors that it may use. Takes about a second.
 Peaks measure_peaks(std::string_view isa, std::uint32_t n_threads);
 
-// Pushes everything out of the processor's caches.
-void flush_caches();
+// Thread `ith` of `n_threads` does its part of pushing everything out of the processor's caches.
+void flush_caches(std::uint32_t ith, std::uint32_t n_threads);
 
 }  // namespace zipcache::bench

@@ -1,5 +1,7 @@
 #include "bench/random_model.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -17,6 +19,7 @@ namespace zipcache::bench {
 namespace {
 
 constexpr std::array kShapes = {
+    ModelShape{"tiny", 2, 256, 512, 4, 2, 512, 1e4f},
     ModelShape{"smollm2-135m", 30, 576, 1536, 9, 3, 49152, 1e5f},
     ModelShape{"llama3-8b-4l", 4, 4096, 14336, 32, 8, 2048, 5e5f},
 };
@@ -25,7 +28,10 @@ constexpr std::uint32_t kContext = 131072;
 class Writer {
  public:
   Writer(const ModelShape& shape, std::uint64_t seed)
-      : shape_(shape), seed_(seed), gguf_(gguf_init_empty()), tensors_(ggml_init({memory(), nullptr, false})) {}
+      : shape_(shape),
+        seed_(seed),
+        gguf_(gguf_init_empty()),
+        tensors_(ggml_init({memory(), nullptr, false})) {}
 
   bool write(const std::string& path) {
     add_hyperparameters();
@@ -43,11 +49,12 @@ class Writer {
   std::uint32_t kv_width() const { return shape_.n_embd / shape_.n_heads * shape_.n_kv_heads; }
 
   std::size_t memory() const {
-    const std::size_t per_layer = std::size_t{shape_.n_embd} * (2 * shape_.n_embd + 2 * kv_width() +
-                                                                3 * shape_.n_ff + 64);
+    const std::size_t per_layer =
+        std::size_t{shape_.n_embd} * (2 * shape_.n_embd + 2 * kv_width() + 3 * shape_.n_ff + 64);
     const std::size_t weights =
         per_layer * shape_.n_layers + std::size_t{shape_.n_embd} * (shape_.n_vocab + 64);
-    return weights / 16 * 9 + (std::size_t{shape_.n_layers} * 9 + 8) * (ggml_tensor_overhead() + 64) +
+    return weights / 16 * 9 +
+           (std::size_t{shape_.n_layers} * 9 + 8) * (ggml_tensor_overhead() + 64) +
            (std::size_t{1} << 20);
   }
 
@@ -88,7 +95,7 @@ class Writer {
     }
     tokens.emplace_back("<end>");
     while (tokens.size() < shape_.n_vocab) {
-      tokens.push_back("<filler " + std::to_string(tokens.size()) + ">");
+      tokens.push_back(fmt::format("<filler {}>", tokens.size()));
     }
     std::vector<const char*> texts(tokens.size());
     std::transform(tokens.begin(), tokens.end(), texts.begin(),
@@ -110,7 +117,7 @@ class Writer {
     add_matrix("token_embd.weight", shape_.n_embd, shape_.n_vocab);
     add_ones("output_norm.weight");
     for (std::uint32_t layer = 0; layer < shape_.n_layers; ++layer) {
-      const std::string prefix = "blk." + std::to_string(layer) + ".";
+      const std::string prefix = fmt::format("blk.{}.", layer);
       add_ones(prefix + "attn_norm.weight");
       add_ones(prefix + "ffn_norm.weight");
       add_matrix(prefix + "attn_q.weight", shape_.n_embd, shape_.n_embd);
@@ -143,7 +150,8 @@ class Writer {
     auto* out = static_cast<std::byte*>(tensor->data);
     Philox random(seed_, n_tensors_++, 0);
     for (std::size_t block = 0; block < ggml_nbytes(tensor) / kBlockBytes; ++block) {
-      const Half half = float_to_half(scale * (0.5f + static_cast<float>(random.next()) * 0x1p-32f));
+      const Half half =
+          float_to_half(scale * (0.5f + static_cast<float>(random.next()) * 0x1p-32f));
       std::memcpy(out, &half, sizeof half);
       for (std::size_t word = 0; word < 4; ++word) {
         const std::uint32_t codes = random.next();

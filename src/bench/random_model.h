@@ -16,8 +16,8 @@ struct ModelShape {
   float rope_base;
 };
 
-// "smollm2-135m": all of SmolLM2-135M. "llama3-8b-4l": four layers of Llama-3-8B, with a small
-// vocabulary, which would otherwise weigh more than the layers.
+// "tiny": for tests. "smollm2-135m": all of SmolLM2-135M. "llama3-8b-4l": four layers of
+// Llama-3-8B, with a small vocabulary, which would otherwise weigh more than the layers.
 Expected<ModelShape> model_shape(std::string_view name);
 std::string model_shape_names();
 

@@ -28,8 +28,7 @@ std::vector<float> RandomRows::make(Kind kind, std::uint32_t first, std::uint32_
   std::vector<float> rows(std::size_t{n} * width);
   for (std::uint32_t row = 0; row < n; ++row) {
     Philox random(seed_, stream, first + row);
-    const float token =
-        kind == Kind::kValue ? std::exp2(0.5f * normal(random.next())) : 1.0f;
+    const float token = kind == Kind::kValue ? std::exp2(0.5f * normal(random.next())) : 1.0f;
     for (std::uint32_t c = 0; c < width; ++c) {
       rows[std::size_t{row} * width + c] = token * (offset[c] + scale[c] * normal(random.next()));
     }

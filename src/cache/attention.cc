@@ -16,6 +16,8 @@ constexpr std::uint32_t kTileRows = 64;
 // Segments are summed in spans of at least this many tokens, each from an empty state, then the
 // spans are merged in order: the result does not depend on whether threads share a tile's spans.
 constexpr std::uint32_t kSpanTokens = 1024;
+// A long cache has longer spans instead of more: partial states don't grow with it.
+constexpr std::uint32_t kMaxSpans = 32;
 // Spans of a tile go to different threads as long as their partial states fit here.
 constexpr std::size_t kMaxPartialBytes = std::size_t{4} << 20;
 
@@ -66,6 +68,11 @@ void Attention::Impl::list_segments() {
       segments.push_back(id);
     }
   }
+  std::uint32_t n_tokens = 0;
+  for (std::uint32_t i = 0; i < segments.size(); ++i) {
+    n_tokens += SegmentMath::n_tokens(segment(i));
+  }
+  const std::uint32_t min_span_tokens = std::max(kSpanTokens, n_tokens / kMaxSpans);
   span_begin.assign(1, 0);
   std::uint32_t span_tokens = 0;
   max_tokens = kPageTokens;
@@ -73,7 +80,7 @@ void Attention::Impl::list_segments() {
     const std::uint32_t n = SegmentMath::n_tokens(segment(i));
     max_tokens = std::max(max_tokens, n);
     span_tokens += n;
-    if (span_tokens >= kSpanTokens || i + 1 == segments.size()) {
+    if (span_tokens >= min_span_tokens || i + 1 == segments.size()) {
       span_begin.push_back(i + 1);
       span_tokens = 0;
     }
@@ -125,7 +132,7 @@ void Attention::Impl::plan_probes() {
   probes.clear();
   if (cache->policy().seals() && query.rows_are_newest) {
     ZC_CHECK(cache->newest_cells().size() == query.n_rows);
-    sealer = std::make_unique<Sealer>(*cache);
+    sealer.emplace(*cache, sealer_scratch);
     sealer->begin_step(*query.visible, query.first_row, &probes);
   }
   tile_probe.clear();
@@ -142,7 +149,25 @@ void Attention::Impl::plan_probes() {
   }
   tile_probe.push_back(next);
   mass.assign(std::size_t{tiles_with_probes} * n_kv_heads * n_pages() * kPageTokens, 0.0f);
-  squares.assign(sealer != nullptr && sealer->needs_squares() ? mass.size() : 0, 0.0f);
+  squares.assign(sealer && sealer->needs_squares() ? mass.size() : 0, 0.0f);
+}
+
+std::size_t Attention::scratch_bytes() const {
+  const Impl& m = *impl_;
+  const auto bytes = [](const auto& vector) {
+    return vector.capacity() * sizeof(typename std::decay_t<decltype(vector)>::value_type);
+  };
+  std::size_t sum = bytes(m.segments) + bytes(m.span_begin) + bytes(m.partial) + bytes(m.probes) +
+                    bytes(m.tile_probe) + bytes(m.mass_tile) + bytes(m.mass) + bytes(m.squares);
+  for (const Impl::Worker& w : m.workers) {
+    const SegmentScratch& s = w.segment;
+    sum += bytes(w.q) + bytes(w.probe_q) + bytes(w.lse) + bytes(w.row_mass) + bytes(w.tokens) +
+           bytes(w.logits) + bytes(w.state) + bytes(w.total) + bytes(w.seen) + bytes(w.by_slot) +
+           bytes(w.order) + bytes(s.operand) + bytes(s.product) + bytes(s.token_scale) +
+           bytes(s.token_min) + bytes(s.channel_a) + bytes(s.channel_b) + bytes(s.reordered) +
+           bytes(s.order) + bytes(s.kernel);
+  }
+  return sum;
 }
 
 void Attention::run(std::uint32_t ith) {
@@ -158,10 +183,13 @@ void Attention::run(std::uint32_t ith) {
 
 Status Attention::commit() {
   Impl& m = *impl_;
-  if (m.sealer == nullptr) {
+  if (!m.sealer) {
     return ok_status();
   }
-  std::vector<float> total(m.n_kv_heads), total_squares(m.squares.empty() ? 0 : m.n_kv_heads);
+  std::vector<float>& total = m.total_mass;
+  total.resize(m.n_kv_heads);
+  std::vector<float>& total_squares = m.total_squares;
+  total_squares.resize(m.squares.empty() ? 0 : m.n_kv_heads);
   const std::size_t n_staged = std::size_t{m.n_pages()} * kPageTokens;
   const std::size_t n_mass_tiles = n_staged == 0 ? 0 : m.mass.size() / (m.n_kv_heads * n_staged);
   for (std::uint32_t page = 0; page < m.n_pages(); ++page) {

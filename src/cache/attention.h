@@ -59,6 +59,9 @@ class Attention {
   void run(std::uint32_t ith);
   Status commit();
 
+  // Memory that it keeps for the next step.
+  std::size_t scratch_bytes() const;
+
  private:
   struct Impl;
   std::unique_ptr<Impl> impl_;

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "base/aligned.h"
@@ -57,13 +58,15 @@ struct Attention::Impl {
   std::uint32_t n_units = 0;
   std::vector<Worker> workers;
 
-  std::unique_ptr<Sealer> sealer;
+  std::optional<Sealer> sealer;  // while a step is at work that may seal
+  SealerScratch sealer_scratch;
   std::vector<Probe> probes;              // ascending rows
   std::vector<std::uint32_t> tile_probe;  // first probe of each tile; ends with probes.size()
   std::vector<std::uint32_t>
       mass_tile;               // tile -> its row in `mass`, tiles without probes share none
   std::vector<float> mass;     // [tiles with probes, kv head, pages * kPageTokens]
   std::vector<float> squares;  // as mass; empty unless the metric asks
+  std::vector<float> total_mass, total_squares;  // [kv head]
 
   std::uint32_t n_spans() const { return static_cast<std::uint32_t>(span_begin.size()) - 1; }
   std::uint32_t n_pages() const { return static_cast<std::uint32_t>(segments.size()) - first_page; }

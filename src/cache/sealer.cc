@@ -1,7 +1,6 @@
 #include "cache/sealer.h"
 
 #include <algorithm>
-#include <map>
 
 #include "base/check.h"
 #include "base/philox.h"
@@ -81,35 +80,54 @@ TokenGroup& Sealer::take_over(const Visibility& visible, std::uint32_t row) {
 
 void Sealer::begin_step(const Visibility& visible, std::uint32_t first_row,
                         std::vector<Probe>* probes) {
-  step_groups_.clear();
-  probes->clear();
+  auto& groups = scratch_.groups;
+  groups.clear();
+  scratch_.group_of_row.clear();
   const auto cells = cache_.newest_cells();
   for (std::uint32_t row = 0; row < cells.size(); ++row) {
     const LayerCache::Slot slot = cache_.find(cells[row]);
     ZC_CHECK(slot.found());
     TokenGroup& group = group_for(visible, first_row + row);
-    auto step = std::find_if(step_groups_.begin(), step_groups_.end(),
+    auto step = std::find_if(groups.begin(), groups.end(),
                              [&](const StepGroup& g) { return g.id == group.id; });
-    if (step == step_groups_.end()) {
-      step = step_groups_.insert(step, {group.id, group.n_tokens, {}});
+    if (step == groups.end()) {
+      step = groups.insert(step, {group.id, group.n_tokens, 0, 0});
     }
-    step->rows.push_back(row);
+    ++step->n_rows;
+    scratch_.group_of_row.push_back(static_cast<std::uint32_t>(step - groups.begin()));
     token(slot).group = group.id;
     token(slot).sink = group.n_tokens < cache_.policy().sink_tokens;
     ++group.n_tokens;
     group.tail_cell = cells[row];
   }
-  std::map<std::uint32_t, float> weights;
-  for (const StepGroup& group : step_groups_) {
-    for (const std::uint32_t i : saliency::select_probes(
-             cache_.policy().probes, static_cast<std::uint32_t>(group.rows.size()),
-             {cache_.policy().seed, cache_.shape().layer, group.ordinal,
-              cache_.policy().probe_positions})) {
-      weights[group.rows[i]] += 1.0f;
+  choose_probes(probes);
+}
+
+void Sealer::choose_probes(std::vector<Probe>* probes) {
+  const auto n_rows = static_cast<std::uint32_t>(scratch_.group_of_row.size());
+  scratch_.rows.clear();
+  scratch_.weights.assign(n_rows, 0.0f);
+  for (std::uint32_t index = 0; index < scratch_.groups.size(); ++index) {
+    StepGroup& group = scratch_.groups[index];
+    group.first_row = static_cast<std::uint32_t>(scratch_.rows.size());
+    for (std::uint32_t row = 0; row < n_rows; ++row) {
+      if (scratch_.group_of_row[row] == index) {
+        scratch_.rows.push_back(row);
+      }
+    }
+    saliency::select_probes(cache_.policy().probes, group.n_rows,
+                            {cache_.policy().seed, cache_.shape().layer, group.ordinal,
+                             cache_.policy().probe_positions},
+                            &scratch_.chosen);
+    for (const std::uint32_t i : scratch_.chosen) {
+      scratch_.weights[scratch_.rows[group.first_row + i]] += 1.0f;
     }
   }
-  for (const auto& [row, weight] : weights) {
-    probes->push_back({row, weight});
+  probes->clear();
+  for (std::uint32_t row = 0; row < n_rows; ++row) {
+    if (scratch_.weights[row] > 0.0f) {
+      probes->push_back({row, scratch_.weights[row]});
+    }
   }
 }
 
@@ -136,9 +154,20 @@ void Sealer::add_mass(const LayerCache::Slot& slot, const float* mass, const flo
   }
 }
 
+std::uint32_t Sealer::count_staged(std::uint32_t group) const {
+  std::uint32_t n = 0;
+  for (const Segment& segment : cache_.segments()) {
+    const StagingPage* page = segment.page.get();
+    for (std::uint32_t slot = 0; page != nullptr && slot < kPageTokens; ++slot) {
+      n += page->cells[slot] != kNoCell && page->tokens[slot].group == group &&
+           !page->tokens[slot].sink;
+    }
+  }
+  return n;
+}
+
 Sealer::Slots Sealer::staged(std::uint32_t group) const {
   Slots slots;
-  std::vector<std::uint32_t> arrivals;
   const auto& segments = cache_.segments();
   for (std::uint32_t id = 0; id < segments.size(); ++id) {
     const StagingPage* page = segments[id].page.get();
@@ -157,7 +186,7 @@ Sealer::Slots Sealer::staged(std::uint32_t group) const {
 }
 
 Status Sealer::end_step() {
-  for (const StepGroup& group : step_groups_) {
+  for (const StepGroup& group : scratch_.groups) {
     Status sealed = seal_group(group);
     if (!sealed) {
       return sealed;
@@ -169,13 +198,16 @@ Status Sealer::end_step() {
 
 Status Sealer::seal_group(const StepGroup& group) {
   const policy::Policy& policy = cache_.policy();
-  const Slots slots = staged(group.id);
-  if (slots.size() <= policy.hold_tokens) {
+  const std::uint32_t n_staged = count_staged(group.id);
+  if (n_staged <= policy.hold_tokens) {
     return seal_held_values(group.id);
   }
-  const auto n_sealable = static_cast<std::uint32_t>(slots.size()) - policy.hold_tokens;
   const std::vector<std::uint32_t> blocks =
-      policy::plan_seal(policy, n_sealable, static_cast<std::uint32_t>(group.rows.size()));
+      policy::plan_seal(policy, n_staged - policy.hold_tokens, group.n_rows);
+  if (blocks.empty()) {
+    return seal_held_values(group.id);
+  }
+  const Slots slots = staged(group.id);
   std::size_t begin = 0;
   for (const std::uint32_t n : blocks) {
     Status sealed = seal_block(std::span(slots).subspan(begin, n),
@@ -185,9 +217,7 @@ Status Sealer::seal_group(const StepGroup& group) {
     }
     begin += n;
   }
-  if (!blocks.empty()) {
-    cache_.compact_staging();
-  }
+  cache_.compact_staging();
   return seal_held_values(group.id);
 }
 

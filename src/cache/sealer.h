@@ -23,9 +23,25 @@ struct Probe {
   float weight = 1.0f;
 };
 
+// Buffers of a Sealer, kept from step to step so that a step need not allocate.
+struct SealerScratch {
+  struct StepGroup {
+    std::uint32_t id;
+    std::uint32_t ordinal;    // tokens of the group before this step
+    std::uint32_t n_rows;     // its rows in this step
+    std::uint32_t first_row;  // into `rows`
+  };
+  std::vector<StepGroup> groups;
+  std::vector<std::uint32_t> group_of_row;  // row of the step -> index into `groups`
+  std::vector<std::uint32_t> rows;          // group by group, ascending
+  std::vector<std::uint32_t> chosen;        // probes of a group
+  std::vector<float> weights;               // [rows of the step]
+};
+
 class Sealer {
  public:
-  explicit Sealer(LayerCache& cache) : cache_(cache) {}
+  // `scratch` outlives the sealer.
+  Sealer(LayerCache& cache, SealerScratch& scratch) : cache_(cache), scratch_(scratch) {}
 
   // Gives the tokens in newest_cells() (row i of the step = newest_cells()[i], row first_row + i of
   // `visible`) their groups and picks the probes, ascending by row.
@@ -41,11 +57,7 @@ class Sealer {
   Status end_step();
 
  private:
-  struct StepGroup {
-    std::uint32_t id;
-    std::uint32_t ordinal;            // tokens of the group before this step
-    std::vector<std::uint32_t> rows;  // its rows in this step
-  };
+  using StepGroup = SealerScratch::StepGroup;
   using Slots = std::vector<LayerCache::Slot>;
 
   TokenGroup& group_for(const Visibility& visible, std::uint32_t row);
@@ -54,7 +66,10 @@ class Sealer {
   bool keeps_last_row_only() const;
   std::uint64_t random_seed(const LayerCache::Slot& first, std::uint32_t head);
   StagedToken& token(const LayerCache::Slot& slot);
-  Slots staged(std::uint32_t group) const;  // of a group, oldest first, sinks left out
+  void choose_probes(std::vector<Probe>* probes);
+  // Staged tokens of a group, sinks left out: how many, and which, oldest first.
+  std::uint32_t count_staged(std::uint32_t group) const;
+  Slots staged(std::uint32_t group) const;
   Status seal_group(const StepGroup& group);
   // n_after: tokens of the group after the block's.
   Status seal_block(std::span<const LayerCache::Slot> oldest_first, std::uint32_t n_after,
@@ -65,7 +80,7 @@ class Sealer {
                        std::vector<std::uint8_t>* tiers);
 
   LayerCache& cache_;
-  std::vector<StepGroup> step_groups_;
+  SealerScratch& scratch_;
 };
 
 }  // namespace zipcache::cache

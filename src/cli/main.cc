@@ -6,7 +6,9 @@
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
+#include <filesystem>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "bench/bench_command.h"
@@ -39,6 +41,22 @@ std::vector<std::string> reversed_arguments(int argc, char** argv) {
   return arguments;
 }
 
+// As it was typed, files without their folders, and without where results go.
+std::string command_line(int argc, char** argv) {
+  std::string line = "zipcache";
+  for (int i = 1; i < argc; ++i) {
+    if (argv[i] == std::string_view("--json")) {
+      ++i;
+      continue;
+    }
+    const std::filesystem::path path(argv[i]);
+    std::error_code ignored;
+    const bool is_file = path.has_parent_path() && std::filesystem::exists(path, ignored);
+    line.append(" ").append(is_file ? path.filename().string() : argv[i]);
+  }
+  return line;
+}
+
 int dispatch(int argc, char** argv) {
   CLI::App app("KV-cache compression for llama.cpp models", "zipcache");
   app.set_version_flag("--version", std::string("zipcache ") + version());
@@ -58,7 +76,7 @@ int dispatch(int argc, char** argv) {
   version_app->add_flag("-v,--verbose", version_options.is_verbose, "plug-in, kernels, devices");
   add_plugin_option(*version_app, version_options.plugin_path);
   CLI::App* bench_app = app.add_subcommand("bench", "Speed beside llama.cpp's own cache types");
-  bench::BenchCommand bench_command(*bench_app);
+  bench::BenchCommand bench_command(*bench_app, command_line(argc, argv));
 
   try {
     app.parse(reversed_arguments(argc, argv));

@@ -35,6 +35,7 @@ class PrepareStep final : public Step {
     // target's): its rows are not the cache's newest tokens.
     query.rows_are_newest =
         store_->written_by(stream, context().id) && cache.newest_cells().size() == shape_.n_rows;
+    context().n_attending.store(n_threads, std::memory_order_relaxed);
     return context().attention.prepare(cache, query, n_threads);
   }
 
@@ -66,20 +67,15 @@ class PrepareStep final : public Step {
   const std::vector<float> slopes_;
 };
 
+// The thread that finishes last does the policy's work: a node of its own would cost all threads
+// one more barrier in every layer.
 class RunStep final : public Step {
  public:
   explicit RunStep(StepContext* context) : Step(context, Threads::kAll) {}
   Status run(std::uint32_t ith, std::uint32_t /*n_threads*/) override {
     context().attention.run(ith);
-    return ok_status();
-  }
-};
-
-class CommitStep final : public Step {
- public:
-  explicit CommitStep(StepContext* context) : Step(context, Threads::kOne) {}
-  Status run(std::uint32_t /*ith*/, std::uint32_t /*n_threads*/) override {
-    return context().attention.commit();
+    const bool is_last = context().n_attending.fetch_sub(1, std::memory_order_acq_rel) == 1;
+    return is_last ? context().attention.commit() : ok_status();
   }
 };
 
@@ -92,7 +88,6 @@ std::vector<std::unique_ptr<Step>> make_attention_steps(StepContext* context,
   for (std::uint32_t stream = 0; stream < shape.n_streams; ++stream) {
     steps.push_back(std::make_unique<PrepareStep>(context, node, shape, stream));
     steps.push_back(std::make_unique<RunStep>(context));
-    steps.push_back(std::make_unique<CommitStep>(context));
   }
   return steps;
 }

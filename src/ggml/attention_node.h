@@ -1,4 +1,4 @@
-// FLASH_ATTN_EXT over a KV cache of ours: three steps for each stream.
+// FLASH_ATTN_EXT over a KV cache of ours: two steps for each stream.
 #pragma once
 
 #include <memory>

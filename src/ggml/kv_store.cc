@@ -169,7 +169,8 @@ Status KvStore::write_rows(Tensor tensor, std::uint32_t stream, std::uint32_t fi
 
 Status KvStore::put(Tensor tensor, std::span<const std::int64_t> global_rows,
                     const cache::RowsView& rows, std::uint64_t writer) {
-  std::vector<std::uint32_t> cells;
+  std::vector<std::uint32_t>& cells = put_cells_;
+  cells.clear();
   for (std::size_t first = 0; first < global_rows.size(); first += cells.size()) {
     cells.clear();
     const auto stream_of = [&](std::size_t i) { return global_rows[i] / shape_.n_cells; };

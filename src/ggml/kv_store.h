@@ -88,6 +88,7 @@ class KvStore {
   Shape shape_;
   std::vector<std::unique_ptr<cache::LayerCache>> streams_;
   std::vector<std::uint64_t> writers_;                 // per stream, 0 = nobody
+  std::vector<std::uint32_t> put_cells_;               // of put(), kept for its memory
   std::vector<const cache::LayerCache*> copied_from_;  // per stream: values came with the keys
 };
 

@@ -48,23 +48,30 @@ ProbeCounts count_probes(ProbeRule rule, std::uint32_t n_rows) {
 
 std::vector<std::uint32_t> select_probes(ProbeRule rule, std::uint32_t n_rows,
                                          const ProbeKey& key) {
+  std::vector<std::uint32_t> rows;
+  select_probes(rule, n_rows, key, &rows);
+  return rows;
+}
+
+void select_probes(ProbeRule rule, std::uint32_t n_rows, const ProbeKey& key,
+                   std::vector<std::uint32_t>* chosen) {
+  std::vector<std::uint32_t>& rows = *chosen;
+  rows.clear();
   if (n_rows == 0) {
-    return {};
+    return;
   }
   if (rule == ProbeRule::kSpecial) {
-    std::vector<std::uint32_t> rows;
     for (const std::uint32_t position : key.special) {
       if (position >= key.ordinal && position - key.ordinal < n_rows) {
         rows.push_back(position - key.ordinal);
       }
     }
-    return rows;
+    return;
   }
   const ProbeCounts counts = count_probes(rule, n_rows);
   const std::uint32_t n_others = n_rows - counts.n_recent;
   Philox random(key.seed, key.layer, key.ordinal);
 
-  std::vector<std::uint32_t> rows;
   rows.reserve(std::max(n_others, counts.n_random) + counts.n_recent);
   if (counts.with_replacement) {
     for (std::uint32_t draw = 0; draw < counts.n_random; ++draw) {
@@ -82,7 +89,6 @@ std::vector<std::uint32_t> select_probes(ProbeRule rule, std::uint32_t n_rows,
   for (std::uint32_t row = n_others; row < n_rows; ++row) {
     rows.push_back(row);
   }
-  return rows;
 }
 
 }  // namespace zipcache::saliency

@@ -29,5 +29,8 @@ struct ProbeKey {
 // Ascending row indices in [0, n_rows) (kOfficial: with repetitions). Deterministic in its
 // arguments. Empty for n_rows == 0.
 std::vector<std::uint32_t> select_probes(ProbeRule rule, std::uint32_t n_rows, const ProbeKey& key);
+// The same into memory that is used again.
+void select_probes(ProbeRule rule, std::uint32_t n_rows, const ProbeKey& key,
+                   std::vector<std::uint32_t>* chosen);
 
 }  // namespace zipcache::saliency

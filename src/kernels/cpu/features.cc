@@ -12,8 +12,8 @@ namespace zipcache::kernels {
 #if defined(__x86_64__)
 namespace {
 
-// CPUID leaves 1 and 7 (and its subleaf 1) and XCR0. Read here, not with __builtin_cpu_supports: clang 14 does not know
-// "f16c" there.
+// CPUID leaves 1 and 7 (and its subleaf 1) and XCR0. Read here, not with __builtin_cpu_supports:
+// clang 14 does not know "f16c" there.
 struct CpuWords {
   std::uint32_t leaf1_ecx = 0;
   std::uint32_t leaf7_ebx = 0;

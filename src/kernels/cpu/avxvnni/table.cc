@@ -21,8 +21,8 @@ void matmul(const MatrixView& m, const float* x, std::size_t x_stride, std::size
 
 }  // namespace
 
-extern const KernelTable ZIPCACHE_AVXVNNI_TABLE = {
-    "avxvnni",        matmul,     avx2::mask, avx2::max, avx2::exp2_sum, avx2::axpby,
-    avx2::multiply, avx2::dot};
+extern const KernelTable ZIPCACHE_AVXVNNI_TABLE = {"avxvnni",      matmul,         avx2::mask,
+                                                   avx2::max,      avx2::exp2_sum, avx2::axpby,
+                                                   avx2::multiply, avx2::dot};
 
 }  // namespace zipcache::kernels::avxvnni
