@@ -93,7 +93,8 @@ def known_policies(args, run):
         if done.returncode == 0:
             known.append(policy)
         else:
-            print(f"results: {run.name}: left out: {done.stderr.strip()}", file=sys.stderr)
+            reason = done.stderr.strip().split("; known:")[0]
+            print(f"results: {run.name}: left out: {reason}", file=sys.stderr)
     return known[:SMOKE_POLICIES] if args.smoke else known
 
 
@@ -132,7 +133,7 @@ def parse_arguments():
                         help="folder of the samples")
     args = parser.parse_args()
     harness.need(args.build / "bin" / "zipcache", "run: make")
-    args.data_folder = harness.data_file(".")
+    args.data_folder = harness.data_file("wikitext2").parent
     return args
 
 

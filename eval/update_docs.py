@@ -10,17 +10,40 @@ import re
 import sys
 
 import harness
+import plot
 import tables
 
-# name of the place: (file of results, what makes a row unique, table, command)
+# name of the place: (files of results, what makes a row unique, table, command)
+KLD_KEYS = ("model", "data", "n_ctx", "options", "policy")
 TABLES = {
-    "kld": ("kld.jsonl", ("model", "data", "n_ctx", "policy"), tables.kld, "eval/kld.py"),
+    "kld": ("ppl-smollm2-*-2048.jsonl", KLD_KEYS, tables.kld, "eval/results.py ppl-smollm2"),
     "speed": ("speed.jsonl", ("model", "n_depth", "threads", "policy"), tables.speed,
               "eval/speed.py"),
     "memory": ("memory.jsonl", ("model", "n_tokens", "policy"), tables.memory, "eval/memory.py"),
     "demo": ("demo.jsonl", ("label",), tables.demo, "eval/demo.py"),
     "transcript": ("demo.jsonl", ("label",), tables.transcript, "eval/demo.py"),
+    "paper-ratios": ("ratio.jsonl", ("task", "what"), tables.paper_ratios, "eval/results.py ratio"),
+    "ratio": ("ratio.jsonl", ("task", "policy", "n_tokens"), tables.ratio, "eval/results.py ratio"),
 }
+for run, table in (("ppl-smollm2-*-2048", tables.kld), ("ppl-gemma3-*-2048", tables.kld),
+                   ("ppl-smollm2-*-8192", tables.kld), ("ppl-gemma3-*-8192", tables.kld),
+                   ("decode-smollm2-*", tables.kld), ("granularity-smollm2-*", tables.kld),
+                   ("metrics-smollm2-*", tables.kld), ("probes-smollm2-*", tables.kld),
+                   ("lines-smollm2", tables.scores), ("metrics-lines-smollm2", tables.scores),
+                   ("agreement-smollm2", tables.agreement)):
+    name = run.replace("-*", "")
+    TABLES[name] = (f"{run}.jsonl", KLD_KEYS, table, f"eval/results.py {run.split('-*')[0]}")
+
+# Judged by all results there are; each claim says itself what it lacks.
+SUMMARIES = {"claims": tables.paper_claims, "aims": tables.aims}
+
+# name of the place: (files of results, title, file beside the page)
+PLOTS = {
+    "plot-2048": ("ppl-*-2048.jsonl", "windows of 2048 tokens", "kld_over_bits_2048.svg"),
+    "plot-8192": ("ppl-*-8192.jsonl", "windows of 8192 tokens", "kld_over_bits_8192.svg"),
+}
+IMAGES = harness.ROOT / "docs" / "images"
+
 PLACE = re.compile(r"(<!-- generated: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 PAGES = [harness.ROOT / "README.md", *sorted((harness.ROOT / "docs").rglob("*.md"))]
 
@@ -33,7 +56,7 @@ def origins(records):
         text = (f"`{run['command']}` on {run['date']}, "
                 f"zipcache {run['zipcache']} at {run['commit']}, "
                 f"llama.cpp {run['llama.cpp']}, {run['cpu']}; {record.get('model', '')}")
-        if "n_ctx" in record:
+        if "n_ctx" in record and "n_tokens" in record:
             text += (f", {record['data']}, {record['n_tokens']} positions at context "
                      f"{record['n_ctx']}")
         found[text] = None
@@ -41,13 +64,42 @@ def origins(records):
 
 
 def table(name):
+    if name in SUMMARIES:
+        return f"{SUMMARIES[name]([])}\n"
     if name not in TABLES:
-        harness.fail(f"no table is named {name}; there are {', '.join(TABLES)}")
-    file, keys, make, command = TABLES[name]
-    records = tables.latest(harness.read(harness.RESULTS, file), *keys)
+        harness.fail(f"no table is named {name}; there are "
+                     f"{', '.join([*TABLES, *SUMMARIES, *PLOTS])}")
+    pattern, keys, make, command = TABLES[name]
+    records = tables.latest(harness.read(harness.RESULTS, pattern), *keys)
     if not records:
         return f"Not measured yet: `{command}` makes this table.\n"
     return f"{make(records)}\n\nMeasured by {origins(records)}.\n"
+
+
+def draw(name):
+    """The plot's SVG, or None without results."""
+    pattern, title, _ = PLOTS[name]
+    records = [r | {"series": f"{r['model'].split('-')[0]}, {r['data']}"}
+               for r in harness.read(harness.RESULTS, pattern)]
+    return plot.divergence_over_bits(records, title) if records else None
+
+
+def plot_place(name):
+    if draw(name) is None:
+        return "Not measured yet: `eval/results.py ppl` makes this plot.\n"
+    return f"![mean KL divergence over counted bits, {PLOTS[name][1]}](images/{PLOTS[name][2]})\n"
+
+
+def outputs():
+    """Every file that is made, and what it should hold."""
+    for name, (_, _, file) in PLOTS.items():
+        svg = draw(name)
+        if svg is not None:
+            yield IMAGES / file, svg
+    for page in PAGES:
+        yield page, PLACE.sub(lambda place: place[1] +
+                              (plot_place if place[2] in PLOTS else table)(place[2]) + place[4],
+                              page.read_text(encoding="utf-8"))
 
 
 def main():
@@ -55,14 +107,13 @@ def main():
     parser.add_argument("--check", action="store_true", help="write nothing, fail on a difference")
     args = parser.parse_args()
     stale = []
-    for page in PAGES:
-        old = page.read_text(encoding="utf-8")
-        new = PLACE.sub(lambda place: place[1] + table(place[2]) + place[4], old)
-        if new == old:
+    for path, new in outputs():
+        if path.exists() and path.read_text(encoding="utf-8") == new:
             continue
-        stale.append(str(page.relative_to(harness.ROOT)))
+        stale.append(str(path.relative_to(harness.ROOT)))
         if not args.check:
-            page.write_text(new, encoding="utf-8")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(new, encoding="utf-8")
             print(f"updated {stale[-1]}")
     if args.check and stale:
         sys.exit(f"update_docs: out of date: {', '.join(stale)}; run eval/update_docs.py")

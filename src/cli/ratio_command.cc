@@ -203,6 +203,7 @@ void add_ratio_options(CLI::App& command, RatioOptions& options) {
                   "lengths, comma-separated (default 128,256,512,840,1024,2048,4096,8192)")
       ->type_name("N")
       ->delimiter(',')
+      ->allow_extra_args(false)
       ->check(count(kMaxTokens));
   command
       .add_option("--ubatch-size", options.tokens_per_step,
