@@ -1,8 +1,14 @@
+#!/usr/bin/env python3
 """KL divergence over counted bits as an SVG, one point per policy; small enough to need no library,
-and the same bytes for the same numbers."""
+and the same bytes for the same numbers.
+
+    eval/plot.py RESULTS.jsonl... > plot.svg      what `zipcache eval --task ppl` wrote
+"""
 
 import html
+import json
 import math
+import sys
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 460, 70, 20, 40, 50
 COLORS = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b"]
@@ -65,3 +71,27 @@ def divergence_over_bits(records, title):
             parts.append(text(cx + (-8 if near_the_right else 8), cy - 6, r["policy"],
                               "end" if near_the_right else "start", color))
     return "\n".join(parts + ["</svg>"]) + "\n"
+
+
+def with_series(records):
+    """Points of one model and text have one colour."""
+    return [r | {"series": f"{r['model'].split('-')[0]}, {r['data']}"} for r in records]
+
+
+def main():
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
+    records = []
+    for path in sys.argv[1:]:
+        with open(path, encoding="utf-8") as file:
+            records += [json.loads(line) for line in file]
+    records = [r for r in records if r["task"] == "ppl"]
+    if not records:
+        sys.exit("plot: no results of task ppl in these files")
+    contexts = sorted({r["n_ctx"] for r in records})
+    sys.stdout.write(divergence_over_bits(
+        with_series(records), f"windows of {', '.join(map(str, contexts))} tokens"))
+
+
+if __name__ == "__main__":
+    main()

@@ -59,7 +59,8 @@ def ppl(name, policies, text, model=SMOLLM2, **options):
 
 
 RUNS = [
-    Run("ratio", "ratio", ["default", "mode=paper", "policy=fp16"]),
+    Run("ratio", "ratio", ["default", "mode=paper", "policy=kivi", "policy=kivi,residual=32",
+                           "policy=fp16"]),
     *(ppl(f"ppl-{model_name}-{text_name}-2048", FRONTIER, text, model, **{"-c": 2048, "--chunks": 2})
       for model_name, model in (("smollm2", SMOLLM2), ("gemma3", GEMMA3))
       for text_name, text in (("wiki", WIKI), ("moby", MOBY_DICK), ("war", WAR_AND_PEACE))),

@@ -79,8 +79,7 @@ def table(name):
 def draw(name):
     """The plot's SVG, or None without results."""
     pattern, title, _ = PLOTS[name]
-    records = [r | {"series": f"{r['model'].split('-')[0]}, {r['data']}"}
-               for r in harness.read(harness.RESULTS, pattern)]
+    records = plot.with_series(harness.read(harness.RESULTS, pattern))
     return plot.divergence_over_bits(records, title) if records else None
 
 
