@@ -21,7 +21,8 @@ build: deps  ## Build the release preset and what it needs (default)
 
 eval: build models  ## Measure predictions, speed and memory; put the tables into the docs (slow)
 	eval/demo.py
-	eval/kld.py
+	tools/fetch.py gemma3
+	eval/results.py
 	eval/speed.sh
 	eval/memory.py
 	eval/update_docs.py

@@ -1,77 +1,98 @@
-"""Results as drawings: SVG files that update_docs.py puts beside the docs."""
+#!/usr/bin/env python3
+"""KL divergence over counted bits as an SVG, one point per policy; small enough to need no library,
+and the same bytes for the same numbers.
 
+    eval/plot.py RESULTS.jsonl... > plot.svg      what `zipcache eval --task ppl` wrote
+"""
+
+import html
+import json
 import math
+import sys
 
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 760, 400, 64, 48, 24, 190
-COLOURS = ["#1b6ca8", "#c8553d", "#4a8c4a", "#8a5aa8", "#b8860b", "#555555"]
-
-
-def decode_by_length(records):
-    """Time of one decode step's attention over the number of cells, ours and its peers'."""
-    lines = {}
-    for r in sorted(records, key=lambda r: r["n_kv"]):
-        if r["n_query"] != 1 or r["threads"] != 1:
-            continue
-        shape = f"{r['shape']['n_heads']}/{r['shape']['n_kv_heads']} x {r['shape']['head_dim']}"
-        lines.setdefault(f"{shape} zipcache", []).append((r["n_kv"], r["seconds"] * 1e3))
-        for peer, seconds in r["peers"].items():
-            lines.setdefault(f"{shape} {peer}", []).append((r["n_kv"], seconds * 1e3))
-    return log_log(lines, "cells", "ms per decode step and layer")
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 460, 70, 20, 40, 50
+COLORS = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b"]
+FONT = 'font-family="sans-serif" font-size="12"'
 
 
-def log_log(lines, x_label, y_label):
-    """Both axes logarithmic: what is linear has slope 1."""
-    xs = [x for points in lines.values() for x, _ in points]
-    ys = [y for points in lines.values() for _, y in points]
-    x_ticks = powers(2, min(xs), max(xs))
-    y_ticks = powers(10, min(ys), max(ys))
-    place_x = scale(x_ticks[0], x_ticks[-1], LEFT, WIDTH - RIGHT)
-    place_y = scale(y_ticks[0], y_ticks[-1], HEIGHT - BOTTOM, TOP)
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
-             'font-family="sans-serif" font-size="12">',
-             f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>']
-    for tick in x_ticks:
-        x = place_x(tick)
-        parts.append(line(x, TOP, x, HEIGHT - BOTTOM, "#ddd"))
-        parts.append(text(x, HEIGHT - BOTTOM + 16, f"{tick // 1024}k" if tick >= 1024 else tick))
-    for tick in y_ticks:
-        y = place_y(tick)
-        parts.append(line(LEFT, y, WIDTH - RIGHT, y, "#ddd"))
-        parts.append(text(LEFT - 8, y + 4, f"{tick:g}", "end"))
-    parts.append(text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, x_label))
-    parts.append(text(LEFT, TOP - 8, y_label))
-    for index, (name, points) in enumerate(lines.items()):
-        colour = COLOURS[index % len(COLOURS)]
-        way = " ".join(f"{place_x(x):.1f},{place_y(y):.1f}" for x, y in points)
-        parts.append(f'<polyline points="{way}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        y = TOP + 16 * index + 12
-        parts.append(line(WIDTH - RIGHT + 10, y - 4, WIDTH - RIGHT + 26, y - 4, colour, 2))
-        parts.append(text(WIDTH - RIGHT + 32, y, name, "start"))
-    return "\n".join([*parts, "</svg>", ""])
+def ticks(low, high):
+    """1, 2 and 5 times the powers of ten in between."""
+    power = math.floor(math.log10(low))
+    candidates = [base * 10.0 ** p for p in range(power, math.ceil(math.log10(high)) + 1)
+                  for base in (1, 2, 5)]
+    return [tick for tick in candidates if low <= tick <= high]
 
 
-def powers(base, low, high):
-    """Powers of `base` that enclose low and high."""
-    tick = 1.0
-    while tick > low:
-        tick /= base
-    while tick * base <= low:
-        tick *= base
-    ticks = [tick]
-    while ticks[-1] < high:
-        ticks.append(ticks[-1] * base)
-    return [int(tick) if tick >= 1 else tick for tick in ticks]
+def text(x, y, words, anchor="middle", color="#333"):
+    return (f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{color}" {FONT}>'
+            f"{html.escape(words)}</text>")
 
 
-def scale(low, high, begin, end):
-    span = math.log(high / low) or 1.0
-    return lambda value: begin + (end - begin) * math.log(value / low) / span
-
-
-def line(x1, y1, x2, y2, colour, width=1):
-    return (f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{colour}" '
+def line(x1, y1, x2, y2, color="#ddd", width=1):
+    return (f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{color}" '
             f'stroke-width="{width}"/>')
 
 
-def text(x, y, words, anchor="middle"):
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{words}</text>'
+def divergence_over_bits(records, title):
+    """records: one per policy and series, with policy, series, bits_per_element, kld_mean."""
+    points = [r for r in records if r["kld_mean"] > 0 and r["bits_per_element"] < 16]
+    bits = [r["bits_per_element"] for r in points]
+    klds = [r["kld_mean"] for r in points]
+    x_low, x_high = math.floor(min(bits)), math.ceil(max(bits))
+    y_low, y_high = min(klds) / 1.5, max(klds) * 1.5
+
+    def x(value):
+        return LEFT + (value - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)
+
+    def y(value):
+        share = (math.log(value) - math.log(y_low)) / (math.log(y_high) - math.log(y_low))
+        return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
+
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" '
+             f'viewBox="0 0 {WIDTH} {HEIGHT}">',
+             f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
+             text(WIDTH / 2, 22, title)]
+    for tick in range(x_low, x_high + 1):
+        parts += [line(x(tick), TOP, x(tick), HEIGHT - BOTTOM),
+                  text(x(tick), HEIGHT - BOTTOM + 18, str(tick))]
+    for tick in ticks(y_low, y_high):
+        parts += [line(LEFT, y(tick), WIDTH - RIGHT, y(tick)),
+                  text(LEFT - 8, y(tick) + 4, f"{tick:g}", "end")]
+    parts.append(text(WIDTH / 2, HEIGHT - 12, "bits per element, all bytes counted"))
+    parts.append(f'<text transform="translate(18 {HEIGHT / 2:.0f}) rotate(-90)" '
+                 f'text-anchor="middle" fill="#333" {FONT}>mean KL divergence to FP16, nats</text>')
+    series = list(dict.fromkeys(r["series"] for r in points))
+    for index, name in enumerate(series):
+        color = COLORS[index % len(COLORS)]
+        parts.append(text(WIDTH - RIGHT - 6, TOP + 16 + 16 * index, name, "end", color))
+        for r in (r for r in points if r["series"] == name):
+            cx, cy = x(r["bits_per_element"]), y(r["kld_mean"])
+            parts.append(f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="4" fill="{color}"/>')
+            near_the_right = cx > WIDTH - 160
+            parts.append(text(cx + (-8 if near_the_right else 8), cy - 6, r["policy"],
+                              "end" if near_the_right else "start", color))
+    return "\n".join(parts + ["</svg>"]) + "\n"
+
+
+def with_series(records):
+    """Points of one model and text have one colour."""
+    return [r | {"series": f"{r['model'].split('-')[0]}, {r['data']}"} for r in records]
+
+
+def main():
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
+    records = []
+    for path in sys.argv[1:]:
+        with open(path, encoding="utf-8") as file:
+            records += [json.loads(line) for line in file]
+    records = [r for r in records if r["task"] == "ppl"]
+    if not records:
+        sys.exit("plot: no results of task ppl in these files")
+    contexts = sorted({r["n_ctx"] for r in records})
+    sys.stdout.write(divergence_over_bits(
+        with_series(records), f"windows of {', '.join(map(str, contexts))} tokens"))
+
+
+if __name__ == "__main__":
+    main()

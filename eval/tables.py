@@ -1,6 +1,7 @@
 """Results as Markdown tables: what the scripts print and what update_docs.py puts into the docs."""
 
-from harness import markdown
+import claims
+from harness import RESULTS, markdown, read
 
 MIB = 1 << 20
 
@@ -14,8 +15,11 @@ def latest(records, *keys):
 
 
 def kld(records):
+    """One row per cache and text; the reference itself is left out."""
     rows = []
     for r in records:
+        if r["policy"] == "fp16":
+            continue
         rows.append([
             f"`{r['policy']}`", r["data"], f"{r['bits_per_element']:.2f}", f"{r['ratio']:.2f}x",
             f"{r['kld_mean']:.4f} ± {r['kld_mean_error']:.4f}", f"{r['kld_median']:.4f}",
@@ -23,6 +27,57 @@ def kld(records):
             f"{100 * r['same_top']:.2f} %", f"{r['cpu_seconds']:.0f}"])
     return markdown(["cache", "text", "bits/element", "smaller", "mean KLD", "median", "99.9 %", "PPL",
                      "ln(PPL/PPL f16)", "same top token", "CPU s"], rows)
+
+
+def scores(records):
+    """One row per cache; the difference to FP16 is paired, item by item."""
+    rows = []
+    for r in records:
+        paired = r.get("versus", {}).get("fp16")
+        rows.append([
+            f"`{r['policy']}`", f"{r['bits_per_element']:.2f}", f"{r['ratio']:.2f}x", r["n_items"],
+            f"{100 * r['score']:.1f} %" if "score" in r else "-",
+            "-" if paired is None else
+            f"{100 * paired['score_difference']:+.1f} ({100 * paired['ci95'][0]:+.1f} to "
+            f"{100 * paired['ci95'][1]:+.1f})",
+            "-" if paired is None else f"{paired['better']} / {paired['worse']}",
+            f"{paired['mcnemar_p']:.3g}" if paired and "mcnemar_p" in paired else "-",
+            f"{r['cpu_seconds']:.0f}"])
+    return markdown(["cache", "bits/element", "smaller", "items", "score", "points to fp16 (95 %)",
+                     "better / worse", "McNemar p", "CPU s"], rows)
+
+
+def agreement(records):
+    rows = [[f"`{r['policy']}`", f"{r['bits_per_element']:.2f}", r["n_items"],
+             f"{100 * r['score']:.0f} %", f"{r['first_difference']:.0f}",
+             f"{100 * r['same_prefix']:.0f} %"] for r in records]
+    return markdown(["cache", "bits/element", "texts", "all tokens the same",
+                     "tokens before the first difference", "share of the answer before it"], rows)
+
+
+def ratio(records):
+    rows = [[f"`{r['policy']}`", r["n_tokens"], f"{r['ratio_paper']:.2f}", f"{r['ratio_formula']:.2f}",
+             f"{r['ratio']:.2f}", f"{r['bits_per_element']:.2f}", r["bytes"]["total"]]
+            for r in records if r["task"] == "ratio"]
+    return markdown(["policy", "tokens", "paper's convention", "its formula, true dimensions",
+                     "counted", "bits/element", "bytes"], rows)
+
+
+def paper_ratios(records):
+    return markdown(["the paper's case", "ratio"],
+                    [[r["what"], f"{r['ratio']:.3f}"] for r in records if r["task"] == "ratio-paper"])
+
+
+CLAIM_COLUMNS = ["", "claim", "verdict", "found"]
+
+
+def paper_claims(records):
+    return markdown(CLAIM_COLUMNS, claims.judge(claims.PAPER, lambda name: read(RESULTS, name)))
+
+
+def aims(records):
+    return markdown(CLAIM_COLUMNS, claims.judge(claims.AIMS, lambda name: read(RESULTS, name),
+                                                "reached", "not reached"))
 
 
 def memory(records):

@@ -45,9 +45,8 @@ Expected<Row> make_row(const std::shared_ptr<const policy::Policy>& policy,
     const double channels = dims.n_kv_heads * (dims.key_dim + dims.value_dim) / 2.0;
     const double elements = 2.0 * group.n_layers * channels * n_tokens;
     fp16 += elements;
-    counted += elements /
-               eval::formula_ratio({1, channels, double(n_tokens)}, bits,
-                                   policy->seals() ? eval::kChannelwiseCst : eval::ParamCount{});
+    counted += elements / eval::formula_ratio({1, channels, double(n_tokens)}, bits,
+                                              eval::formula_params(*policy));
     const Expected<cache::ByteCount> layer =
         eval::layer_bytes(policy, dims, n_tokens, tokens_per_step);
     if (!layer) {
@@ -203,6 +202,7 @@ void add_ratio_options(CLI::App& command, RatioOptions& options) {
                   "lengths, comma-separated (default 128,256,512,840,1024,2048,4096,8192)")
       ->type_name("N")
       ->delimiter(',')
+      ->allow_extra_args(false)
       ->check(count(kMaxTokens));
   command
       .add_option("--ubatch-size", options.tokens_per_step,

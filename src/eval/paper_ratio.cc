@@ -10,6 +10,31 @@ double mean_code_bits(const policy::TensorPolicy& tensor) {
   return salient * tensor.bits[0] + (1 - salient) * tensor.bits[1];
 }
 
+// Of K or V alone: half of the elements.
+ParamCount tensor_params(const policy::TensorPolicy& tensor) {
+  ParamCount params;
+  switch (tensor.granularity) {
+    case format::Granularity::kChannelwise:
+      if (tensor.group_tokens != 0) {
+        params.per_element = 1.0 / tensor.group_tokens;
+      } else {
+        params.per_channel = 2;
+      }
+      break;
+    case format::Granularity::kChannelSeparable:
+      params.per_channel = 1;
+      [[fallthrough]];
+    case format::Granularity::kTokenwise:
+      if (tensor.group_channels != 0) {
+        params.per_element = 1.0 / tensor.group_channels;
+      } else {
+        params.per_token = 2;
+      }
+      break;
+  }
+  return params;
+}
+
 }  // namespace
 
 double formula_ratio(const RatioShape& shape, double bits, const ParamCount& params) {
@@ -22,6 +47,16 @@ double formula_ratio(const RatioShape& shape, double bits, const ParamCount& par
 
 double reported_ratio(double tokens, double bits) {
   return formula_ratio({kReportedBatch, kReportedChannels, tokens}, bits, kReported);
+}
+
+ParamCount formula_params(const policy::Policy& policy) {
+  if (!policy.seals()) {
+    return {};
+  }
+  const ParamCount key = tensor_params(policy.key), value = tensor_params(policy.value);
+  return {.per_channel = key.per_channel + value.per_channel,
+          .per_token = key.per_token + value.per_token,
+          .per_element = key.per_element + value.per_element};
 }
 
 double mean_code_bits(const policy::Policy& policy) {

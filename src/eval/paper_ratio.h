@@ -38,6 +38,11 @@ inline constexpr double kReportedChannels = 4096;
 double formula_ratio(const RatioShape& shape, double bits, const ParamCount& params);
 double reported_ratio(double tokens, double bits);
 
+// How many parameters the formula gives a policy: what its granularities take, each once for all
+// classes and a token's (scale, min) once for all heads, as the paper counts. kChannelwiseCst for
+// the paper's own method; none where nothing is sealed.
+ParamCount formula_params(const policy::Policy& policy);
+
 // Bits of a code, averaged over K, V and the classes; 16 under policies that seal nothing.
 double mean_code_bits(const policy::Policy& policy);
 

@@ -48,6 +48,17 @@ TEST(PaperRatio, MeanCodeBitsOfPolicies) {
   EXPECT_DOUBLE_EQ(bits({{"policy", "fp16"}}), 16);
 }
 
+TEST(PaperRatio, ParametersOfPolicies) {
+  const auto ratio = [](const std::map<std::string, std::string>& settings) {
+    const policy::Policy policy = policy::make_policy(settings).value();
+    return formula_ratio({1, 1024, 840}, mean_code_bits(policy), formula_params(policy));
+  };
+  EXPECT_EQ(rounded(ratio({{"mode", "paper"}}), 3), 4.932);
+  EXPECT_DOUBLE_EQ(ratio({{"policy", "fp16"}}), 1);
+  EXPECT_DOUBLE_EQ(ratio({{"policy", "uniform"}, {"granularity", "groupwise"}}), 3.2);
+  EXPECT_DOUBLE_EQ(ratio({{"policy", "kivi"}}), 16.0 / 3);  // 2 + 32 / G bits
+}
+
 struct BytesCase {
   std::map<std::string, std::string> settings;
   std::uint32_t tokens_per_step;
@@ -92,6 +103,7 @@ TEST_P(LayerBytes, AreThoseOfACacheInUse) {
 INSTANTIATE_TEST_SUITE_P(Policies, LayerBytes,
                          testing::Values(BytesCase{{}, 1}, BytesCase{{{"mode", "paper"}}, 1},
                                          BytesCase{{{"policy", "fp16"}}, 1},
+                                         BytesCase{{{"policy", "kivi"}}, 1},
                                          BytesCase{{{"policy", "uniform"}}, 1}));
 
 TEST(LayerBytesOfPrompts, AreThoseOfACacheInUse) {

@@ -1,0 +1,121 @@
+#!/usr/bin/env python3
+"""Everything that makes docs/results.md, at tiny sizes: the runs, the judged claims, the page.
+
+    results_test.py --build FOLDER --model M.gguf [unittest arguments]
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "eval"))
+import claims  # noqa: E402
+import harness  # noqa: E402
+import plot  # noqa: E402
+import results  # noqa: E402
+import update_docs  # noqa: E402
+
+OPTIONS = None  # the parsed command line
+SKIPPED = 77
+
+
+class Smoke(unittest.TestCase):
+    def test_everything_runs_and_the_page_is_made_of_it(self):
+        folder = Path(tempfile.mkdtemp())
+        self.addCleanup(shutil.rmtree, folder)
+        done = subprocess.run(
+            [ROOT / "eval" / "results.py", "--smoke", "--build", OPTIONS.build, "--model",
+             OPTIONS.model, "--threads", "1", "--results", folder / "results", "--work",
+             folder / "work"], capture_output=True, text=True)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        for run in results.RUNS:
+            if run.model == results.SMOLLM2:
+                records = harness.read(folder / "results", f"{run.name}.jsonl")
+                self.assertGreater(len(records), 1, run.name)
+        # The page, with these results in place of the committed ones.
+        committed, harness.RESULTS = harness.RESULTS, folder / "results"
+        self.addCleanup(setattr, harness, "RESULTS", committed)
+        made = dict(update_docs.outputs())
+        page = made[ROOT / "docs" / "results.md"]
+        self.assertNotIn("`eval/results.py ppl-smollm2` makes", page)
+        self.assertIn("| `q4_0` |", page)
+        self.assertIn("| C1 |", page)
+        self.assertIn("**reproduced** | 3.200, 3.992", page)
+        self.assertIn("<svg", made[ROOT / "docs" / "images" / "kld_over_bits_2048.svg"])
+
+
+class Claims(unittest.TestCase):
+    def judge(self, listed, **files):
+        rows = claims.judge(listed, lambda name: files.get(name.removesuffix(".jsonl"), []))
+        return {row[0]: row[2] for row in rows}
+
+    def test_without_results_nothing_is_claimed(self):
+        verdicts = self.judge(claims.PAPER + claims.AIMS)
+        self.assertEqual(set(verdicts.values()), {"**not measured yet**", "**not testable here**"})
+
+    def test_lines(self):
+        def lines(score):
+            return [{"policy": "fp16", "score": 0.9},
+                    {"policy": "default", "score": score, "n_items": 500}]
+
+        for score, verdict in ((0.895, "**reproduced**"), (0.88, "**not reproduced**")):
+            verdicts = self.judge(claims.AIMS, **{"lines-smollm2": lines(score)})
+            self.assertEqual(verdicts["A4"], verdict)
+
+    def test_orderings(self):
+        def records(*klds):
+            names = ("mode=paper,key-salient=40,value-salient=40",)
+            names += tuple(f"{names[0]},probes={p}" for p in ("recent", "random", "special", "all"))
+            return [{"policy": name, "kld_mean": kld} for name, kld in zip(names, klds)]
+
+        run = "probes-smollm2-wiki-2048"
+        self.assertEqual(self.judge(claims.PAPER, **{run: records(.1, .2, .3, .4, .1)})["C6"],
+                         "**reproduced**")
+        self.assertEqual(self.judge(claims.PAPER, **{run: records(.1, .3, .2, .4, .1)})["C6"],
+                         "**not reproduced**")
+
+
+class Page(unittest.TestCase):
+    def test_docs_are_current(self):
+        done = subprocess.run([ROOT / "eval" / "update_docs.py", "--check"], capture_output=True,
+                              text=True)
+        self.assertEqual(done.returncode, 0, done.stderr)
+
+    def test_plot_is_an_svg_of_all_points(self):
+        records = [{"policy": name, "series": "a & b", "bits_per_element": bits, "kld_mean": kld}
+                   for name, bits, kld in (("fp16", 16, 0), ("q4_0", 4.5, .05), ("x", 3.2, .02))]
+        svg = plot.divergence_over_bits(records, "<title>")
+        self.assertEqual(svg.count("<circle"), 2)
+        self.assertIn("&lt;title&gt;", svg)
+        self.assertIn("a &amp; b", svg)
+
+
+def has_data():
+    folder = Path(os.environ.get("ZIPCACHE_DATA") or ROOT.parent / "shared" / "data")
+    return (folder / "wikitext2").exists()
+
+
+def main():
+    global OPTIONS
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--build", type=Path, required=True)
+    parser.add_argument("--model", type=Path, required=True)
+    OPTIONS, rest = parser.parse_known_args()
+    if not OPTIONS.model.exists():
+        print(f"results_test: skipped, {OPTIONS.model} is missing; run: make models")
+        sys.exit(SKIPPED)
+    if not has_data():
+        print("results_test: skipped, no evaluation data; set ZIPCACHE_DATA")
+        sys.exit(SKIPPED)
+    unittest.main(argv=[sys.argv[0], *rest])
+
+
+if __name__ == "__main__":
+    main()
