@@ -27,7 +27,8 @@ Status append(cache::LayerCache& layer, std::span<const std::uint32_t> cells,
   cache::Visibility everything;
   everything.assign(nullptr, 0, static_cast<std::uint32_t>(cells.size()), cells.back() + 1);
   std::vector<cache::Probe> probes;
-  cache::Sealer sealer(layer);
+  cache::SealerScratch scratch;
+  cache::Sealer sealer(layer, scratch);
   sealer.begin_step(everything, /*first_row=*/0, &probes);
   return sealer.end_step();
 }
