@@ -1,5 +1,6 @@
 // Decode attention over packed pages, packing and the saliency probe on a GPU, beside a read-only
-// and a copy kernel in the same run.  Usage: cuda_bench [--quick] [--json FILE]
+// and a copy kernel in the same run.  Usage: cuda_bench [--quick] [--filter PART | --filter =NAME]
+// [--json FILE]
 //
 // Cold: each launch of a graph reads another copy of the cache, and the copies exceed the L2 many
 // times. Codes and parameters are random. Every shape is checked against the formula in double (two
@@ -417,12 +418,6 @@ void bench_decode(const Report& report, const Shape& shape, int n_samples) {
   input.with_tail = shape.tail > 0;
   input.tail_tokens = shape.tail;
   input.resident_blocks = setup->resident_blocks;
-  if (const char* e = std::getenv("ZC_SHARE")) input.large_share = std::atof(e);
-  if (const char* e = std::getenv("ZC_DIV")) input.small_divisor = std::atoi(e);
-  if (const char* e = std::getenv("ZC_SMALL")) input.min_small_bytes = std::atoi(e) << 10;
-  if (const char* e = std::getenv("ZC_MIN")) input.min_block_bytes = std::atoi(e) << 10;
-  if (const char* e = std::getenv("ZC_TILE")) input.tile_bytes = std::atoi(e);
-  if (const char* e = std::getenv("ZC_PART")) input.part_bytes = std::atoi(e) << 10;
   const DecodePlan plan = plan_decode(input);
   p.items = device_copy(plan.items);
   p.n_blocks = plan.n_blocks;
@@ -464,7 +459,7 @@ void bench_decode(const Report& report, const Shape& shape, int n_samples) {
                                   &host_k[std::size_t(row) * kTailTokens * d],
                                   &host_v[std::size_t(row) * kTailTokens * d], &out[head * d]));
   }
-  if (!(worst < 5e-3) && std::getenv("ZC_NOCHECK") == nullptr) {
+  if (!(worst < 5e-3)) {
     std::fprintf(stderr, "%s: wrong, relative error %g\n", shape.name.c_str(), worst);
     std::exit(1);
   }
@@ -478,12 +473,11 @@ void bench_decode(const Report& report, const Shape& shape, int n_samples) {
   report.line("decode", shape.name, bytes, t, extra);
   for (const void* memory :
        {static_cast<const void*>(pools), static_cast<const void*>(p.pages),
-        static_cast<const void*>(p.key_sets),
-        static_cast<const void*>(p.value_factors), static_cast<const void*>(q),
-        static_cast<const void*>(p.out), static_cast<const void*>(tail_k),
-        static_cast<const void*>(tail_v), static_cast<const void*>(p.tail_tokens),
-        static_cast<const void*>(p.items), static_cast<const void*>(p.partials),
-        static_cast<const void*>(p.tickets)}) {
+        static_cast<const void*>(p.key_sets), static_cast<const void*>(p.value_factors),
+        static_cast<const void*>(q), static_cast<const void*>(p.out),
+        static_cast<const void*>(tail_k), static_cast<const void*>(tail_v),
+        static_cast<const void*>(p.tail_tokens), static_cast<const void*>(p.items),
+        static_cast<const void*>(p.partials), static_cast<const void*>(p.tickets)}) {
     cudaFree(const_cast<void*>(memory));
   }
 }

@@ -1,8 +1,8 @@
 // Decode attention over packed pages, one launch: every block of threads streams its work items,
 // its warps merge in shared memory, and the last block of a row merges the row's partial results.
 //
-// Story of a block:   start the rings  ->  for every item: fold the query, tiles, and where a part of
-// a row ends: fp16 tail, merge of the warps, merge of the row by the last
+// Story of a block:   start the rings  ->  for every item: fold the query, tiles, and where a part
+// of a row ends: fp16 tail, merge of the warps, merge of the row by the last
 #pragma once
 
 #include "kernels/cuda/decode_config.h"
@@ -22,9 +22,14 @@ struct ItemHead {
 __device__ __forceinline__ ItemHead load_item(const DecodeParams& params, int index) {
   const uint4 a = ptx::load_16(params.items + index);
   const uint4 b = ptx::load_16(reinterpret_cast<const uint4*>(params.items + index) + 1);
-  return {static_cast<int>(a.x), static_cast<int>(a.z),       static_cast<int>(a.w),
-          static_cast<int>(b.x), static_cast<int>(b.z),       static_cast<int>(b.y & 0xff),
-          static_cast<int>(b.y >> 8 & 0xff), b.y};
+  return {static_cast<int>(a.x),
+          static_cast<int>(a.z),
+          static_cast<int>(a.w),
+          static_cast<int>(b.x),
+          static_cast<int>(b.z),
+          static_cast<int>(b.y & 0xff),
+          static_cast<int>(b.y >> 8 & 0xff),
+          b.y};
 }
 
 // --- Merging states of one head ------------------------------------------------------------------
@@ -246,8 +251,7 @@ __device__ __forceinline__ void finish_part(const DecodeParams& params, int item
     if (n_partials == 1) {
       write_result<kHeadDim>(params, first_head + head, merged.slice, merged.max, merged.sum, lane);
     } else {
-      float* to =
-          params.partials + partial * static_cast<int64_t>(partial_floats(kHeadDim, group));
+      float* to = params.partials + partial * static_cast<int64_t>(partial_floats(kHeadDim, group));
       merged.slice.store(to + head * kHeadDim, 1.0f, lane);
       if (lane == 0) {
         *reinterpret_cast<float2*>(to + group * kHeadDim + head * 4) = {merged.max, merged.sum};
@@ -323,13 +327,9 @@ __global__ void __launch_bounds__(decode_threads(kHeadDim), kDecodeBlocksPerSm)
       }
       const int tokens = min(item.n_tokens - tile * kTileTokens, kTileTokens);
       const uint8_t* bytes = ring.wait();
-#ifdef ZC_NO_MATH
-      state.sum[0] += bytes[lane];
-#else
       if (tokens > 0) {
         state.add_tile(bytes, item.key_bits, value_bits, tokens, query, lane);
       }
-#endif
       ring.release(params, lane);
     }
 

@@ -156,8 +156,6 @@ std::vector<Outputs> run_decode(const DecodeCase& c, const HostCache& cache, int
   input.resident_blocks = c.resident_blocks > 0 ? c.resident_blocks : setup->resident_blocks;
   input.min_block_bytes = 2 << 10;  // many splits, also of small cases
   input.part_bytes = 1 << 10;
-  input.large_share = c.large_share;
-  input.min_small_bytes = 1 << 10;
   const DecodePlan plan = plan_decode(input);
 
   const DeviceArray<Half> q(cache.q), key_sets(cache.key_sets), tail_k(cache.tail_k),

@@ -11,10 +11,7 @@ inline constexpr int kMaxRingSlots = 8;
 // Two blocks of 8 warps per SM (measured on an H100 against 4 to 6 blocks of 4 and 2 of 10: the
 // fewer blocks share a row, the shorter its merge, and more warps do not stream faster). head_dim
 // 256 has twice the accumulators.
-#ifndef ZC_WARPS
-#define ZC_WARPS 8
-#endif
-ZC_HOST_DEVICE constexpr int decode_warps(int head_dim) { return head_dim == 256 ? 4 : ZC_WARPS; }
+ZC_HOST_DEVICE constexpr int decode_warps(int head_dim) { return head_dim == 256 ? 4 : 8; }
 ZC_HOST_DEVICE constexpr int decode_threads(int head_dim) {
   return decode_warps(head_dim) * kWarpLanes;
 }

@@ -97,8 +97,7 @@ class QueryOperand {
       const float norm = used ? __int_as_float(norm_field(largest, head) << 23) : 0.0f;
 #pragma unroll
       for (int pair = 0; pair < 4; ++pair) {
-        rounded[pair] =
-            ptx::pack_half2(folded[pair * 2] * norm, folded[pair * 2 + 1] * norm);
+        rounded[pair] = ptx::pack_half2(folded[pair * 2] * norm, folded[pair * 2 + 1] * norm);
         sum += ptx::low_half(rounded[pair]) + ptx::high_half(rounded[pair]);
       }
       words_[chunk * kWarpLanes + lane] = {rounded[0], rounded[1], rounded[2], rounded[3]};

@@ -141,7 +141,6 @@ TEST_F(DecodeTest, LongRowsInFewBlocks) {
   for (const int resident_blocks : {1, 2, 132}) {
     SCOPED_TRACE(resident_blocks);
     c.resident_blocks = resident_blocks;
-    c.large_share = 1;
     check(c);
   }
 }

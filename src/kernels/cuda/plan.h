@@ -1,9 +1,8 @@
-// How decode attention is cut among blocks of threads: all rows' pages in one line, weighted by
-// their cost, cut at page borders; a block's piece becomes items of one row, class and scale set
-// each. Pieces come in two sizes: the device starts the large ones together and the small ones as
-// those end, because SMs have unequal shares of the memory's bandwidth (measured on an H100: with
-// equal pieces the slowest SM ends a quarter after the mean). Pure host code; a plan holds until a
-// page list changes (the length of the fp16 tails is read by the kernel).
+// How decode attention is cut among blocks of threads that all run at once: rows' pages weighted by
+// their cost, cut at page borders, either as equal pieces of the line of all rows or, where that
+// leaves no block more to do, with rows in equal pieces or whole (a part of a row costs a start and
+// a merge). A block's piece becomes items of one row, class and scale set each. Pure host code; a
+// plan holds until a page list changes (the length of the fp16 tails is read by the kernel).
 #pragma once
 
 #include <cstdint>
@@ -24,13 +23,10 @@ struct PlanInput {
   int tail_tokens = kTailTokens / 2;  // what to expect, on average
   int resident_blocks = 0;            // > 0; blocks that run at once
   // A tile costs this much more than its bytes: narrow codes wait for arithmetic.
-  int tile_bytes = 1024;
+  int tile_bytes = 1536;
   // A block's part of a row costs this much however little it reads: start, merge, partial result.
-  int part_bytes = 16 << 10;
-  double large_share = 0.8;        // of all bytes, in the large pieces; 1: no small ones
-  int small_divisor = 4;           // a large piece over a small one
-  int min_small_bytes = 48 << 10;  // smaller pieces cost more than they even out
-  int min_block_bytes = 32 << 10;  // below this, more blocks are no faster
+  int part_bytes = 48 << 10;
+  int min_block_bytes = 80 << 10;  // of cost; below this, more blocks are no faster
 };
 
 struct DecodePlan {

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <numeric>
 #include <set>
 
 namespace zipcache::cuda {
@@ -92,6 +93,7 @@ TEST(Plan, CoversEverythingOnce) {
   for (const std::vector<int>& rows : {std::vector<int>{0},
                                        {1},
                                        {0, 0, 5},
+                                       {0, 0, 0, 0},
                                        {500, 1, 0, 37},
                                        std::vector<int>(64, 100),
                                        std::vector<int>(8, 512),
@@ -99,30 +101,54 @@ TEST(Plan, CoversEverythingOnce) {
     for (const int resident_blocks : {1, 2, 7, 132, 528}) {
       const Lists lists(rows);
       SCOPED_TRACE(resident_blocks);
-      check(lists, plan_decode(lists.input(resident_blocks)));
+      PlanInput input = lists.input(resident_blocks);
+      check(lists, plan_decode(input));
+      input.min_block_bytes = input.part_bytes = 1 << 10;  // many blocks, also of small work
+      check(lists, plan_decode(input));
     }
   }
 }
 
-TEST(Plan, LargePiecesThenSmallOnes) {
-  const Lists lists(std::vector<int>(64, 512));
-  const PlanInput input = lists.input(264);
-  const DecodePlan plan = plan_decode(input);
-  ASSERT_GT(plan.n_blocks, 264);
-  std::vector<std::int64_t> bytes(plan.n_blocks);
+// Cost of every block, as the planner counts it.
+std::vector<std::int64_t> costs(const PlanInput& input, const DecodePlan& plan) {
+  std::vector<std::int64_t> all(plan.n_blocks);
   for (int block = 0; block < plan.n_blocks; ++block) {
     for (int at = block; at >= 0; at = plan.items[at].next) {
       const std::uint32_t bits = plan.items[at].bits;
-      bytes[block] += (page_bytes(128, bits & 0xff, bits >> 8 & 0xff) +
-                       kTilesPerPage * std::int64_t{input.tile_bytes}) *
-                      plan.items[at].n_pages;
+      all[block] += (page_bytes(input.head_dim, bits & 0xff, bits >> 8 & 0xff) +
+                     kTilesPerPage * std::int64_t{input.tile_bytes}) *
+                        plan.items[at].n_pages +
+                    ((bits & kItemEndsPart) != 0 ? input.part_bytes : 0);
     }
   }
-  const std::int64_t slack = 2 * page_bytes(128, 4, 4) + 2 * input.part_bytes + 64 * 512;
-  const auto [low, high] = std::minmax_element(bytes.begin(), bytes.begin() + 264);
-  EXPECT_LT(*high - *low, slack);
-  EXPECT_LT(*std::max_element(bytes.begin() + 264, bytes.end()),
-            *high / input.small_divisor + slack);
+  return all;
+}
+
+TEST(Plan, LongRowsInWholePieces) {
+  const Lists lists(std::vector<int>(64, 512));
+  const PlanInput input = lists.input(264);
+  const DecodePlan plan = plan_decode(input);
+  EXPECT_EQ(plan.n_blocks, 256);  // 4.1 blocks per row: 4
+  EXPECT_EQ(plan.n_partials, 256);
+  const std::vector<std::int64_t> all = costs(input, plan);
+  const auto [low, high] = std::ranges::minmax_element(all);
+  EXPECT_LT(*high - *low, 4 * page_bytes(128, 4, 4) + 64 * 512);
+}
+
+TEST(Plan, ShortRowsWhole) {
+  const Lists lists(std::vector<int>(512, 64));
+  const DecodePlan plan = plan_decode(lists.input(264));
+  EXPECT_LE(plan.n_blocks, 264);
+  EXPECT_EQ(plan.n_partials, 0);
+}
+
+TEST(Plan, RowsOfOddLengthInEqualCuts) {
+  const Lists lists({4000, 10, 700, 3, 1111});
+  const PlanInput input = lists.input(132);
+  const DecodePlan plan = plan_decode(input);
+  const std::vector<std::int64_t> all = costs(input, plan);
+  const std::int64_t total = std::accumulate(all.begin(), all.end(), std::int64_t{0});
+  EXPECT_LT(*std::ranges::max_element(all), total / plan.n_blocks * 5 / 4);
 }
 
 TEST(Plan, SmallWorkTakesFewBlocks) {

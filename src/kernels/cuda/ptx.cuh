@@ -80,8 +80,8 @@ __device__ __forceinline__ void prefetch(const void* from) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
 }
 
-// Adds 1 and returns what was there. What the block wrote before its barrier is visible to the block
-// that sees this addition, and the other way round.
+// Adds 1 and returns what was there. What the block wrote before its barrier is visible to the
+// block that sees this addition, and the other way round.
 __device__ __forceinline__ uint32_t take_ticket(uint32_t* counter) {
   uint32_t before;
   asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;"

@@ -49,9 +49,7 @@ class TileRing {
 
   // The tile at hand; blocks until its bytes are there.
   __device__ __forceinline__ const uint8_t* wait() const {
-#ifndef ZC_NO_LOAD
     ptx::barrier_wait(barrier(slot_), parity_);
-#endif
     return slots_ + slot_ * slot_bytes_;
   }
 
@@ -104,10 +102,8 @@ class TileRing {
     const uint32_t to = ptx::shared_address(slots_) + slot * slot_bytes_;
 #if __CUDA_ARCH__ >= 900
     if (lane == holder) {
-#ifndef ZC_NO_LOAD
       ptx::barrier_expect_bytes(barrier(slot), tile_bytes_);
       ptx::bulk_copy(to, address_of(params, unit_), tile_bytes_, barrier(slot));
-#endif
     }
 #else
     const uint8_t* from = address_of(params, __shfl_sync(ptx::kFullWarp, unit_, holder));
@@ -132,10 +128,10 @@ class TileRing {
   int next_item_;
   int warp_;
   int first_page_ = 0;
-  int n_tiles_ = 0;     // of this warp
-  int next_ = 0;        // the next to fetch
+  int n_tiles_ = 0;  // of this warp
+  int next_ = 0;     // the next to fetch
   int tile_bytes_ = 0;
-  uint32_t unit_ = 0;   // of the page of tile next_ / 32 * 32 + lane
+  uint32_t unit_ = 0;  // of the page of tile next_ / 32 * 32 + lane
   int slot_ = 0;
   uint32_t parity_ = 0;
 };

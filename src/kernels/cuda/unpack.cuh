@@ -128,8 +128,8 @@ __device__ __forceinline__ void load_words(const uint8_t* plane, int lane, int f
 // s[block] += keys of a 16-token block x query operands, for both blocks of a tile. q is the lane's
 // column of [head_dim / 32][32 lanes]: the operands of two k-steps.
 template <int kHeadDim, int kBits>
-__device__ __forceinline__ void multiply_keys(const uint8_t* codes, int lane,
-                                              const uint4* q, float (&s)[2][4]) {
+__device__ __forceinline__ void multiply_keys(const uint8_t* codes, int lane, const uint4* q,
+                                              float (&s)[2][4]) {
   constexpr int kChunks = kHeadDim / 32;  // two k-steps each
   constexpr int kHighWords = chunk_words(kHeadDim, 1);
   uint32_t w[4], wide[4], high[kHighWords], even[4], odd[4];
