@@ -1,5 +1,6 @@
 // Decode attention over packed pages, packing and the saliency probe on a GPU, beside a read-only
-// and a copy kernel in the same run.  Usage: cuda_bench [--quick] [--json FILE]
+// and a copy kernel in the same run.  Usage: cuda_bench [--quick] [--filter PART | --filter =NAME]
+// [--json FILE]
 //
 // Cold: each launch of a graph reads another copy of the cache, and the copies exceed the L2 many
 // times. Codes and parameters are random. Every shape is checked against the formula in double (two
@@ -82,7 +83,11 @@ __global__ void fill_normal(HalfBits* halves, std::size_t n, uint64_t seed) {
 }
 
 // Token scales in (1, 8) and zeros inside the code range, for every tile of the pages.
-__global__ void fill_params(uint8_t* pool, const PageEntry* pages, int n_pages, DecodeParams p) {
+struct PageClasses {
+  int head_dim;
+  PageClass classes[kMaxClasses];
+};
+__global__ void fill_params(uint8_t* pool, const PageEntry* pages, PageClasses p) {
   const int page = blockIdx.x;
   const PageEntry entry = pages[page];
   const PageClass cls = p.classes[entry.cls];
@@ -118,6 +123,10 @@ __global__ void __launch_bounds__(kStreamThreads)
     for (int u = 0; u < kStreamUnroll; ++u) {
       sum += v[u].x ^ v[u].y ^ v[u].z ^ v[u].w;
     }
+  }
+  for (; at < n; at += stride) {
+    const uint4 v = __ldcs(from + at);
+    sum += v.x ^ v.y ^ v.z ^ v.w;
   }
   if (sum == 0x12345678u) {
     *sink = sum;
@@ -323,8 +332,7 @@ void bench_decode(const Report& report, const Shape& shape, int n_samples) {
   p.n_heads = shape.n_heads;
   p.head_dim = d;
   p.scale = 1 / std::sqrt(float(d));
-  p.n_classes = int(shape.classes.size());
-  std::ranges::copy(shape.classes, p.classes);
+  const int n_classes = int(shape.classes.size());
 
   // Pages of all rows, row after row.
   std::vector<PageEntry> pages;
@@ -332,8 +340,8 @@ void bench_decode(const Report& report, const Shape& shape, int n_samples) {
   uint32_t unit = 0;
   for (int row = 0; row < n_rows; ++row) {
     int left = shape.tokens;
-    for (int cls = 0; cls < p.n_classes; ++cls) {
-      const int n = cls + 1 == p.n_classes ? left : int(shape.tokens * shape.share[cls] + 0.5);
+    for (int cls = 0; cls < n_classes; ++cls) {
+      const int n = cls + 1 == n_classes ? left : int(shape.tokens * shape.share[cls] + 0.5);
       left -= n;
       for (int first = 0; first < n; first += kPageTokens) {
         PageEntry e;
@@ -347,25 +355,26 @@ void bench_decode(const Report& report, const Shape& shape, int n_samples) {
       }
     }
     row_begin.push_back(int(pages.size()));
-    set_base.push_back(row * p.n_classes);
+    set_base.push_back(row * n_classes);
   }
   const std::size_t pool_bytes = std::size_t{unit} * kTileAlignment;
   const int n_copies = int(std::clamp<std::size_t>((std::size_t{1} << 30) / pool_bytes, 3, 64));
   uint8_t* pools = device_alloc<uint8_t>(pool_bytes * n_copies);
   p.pages = device_copy(pages);
   fill_random<<<2048, 256>>>(reinterpret_cast<uint32_t*>(pools), pool_bytes * n_copies / 4, 7);
+  PageClasses classes{d, {}};
+  std::ranges::copy(shape.classes, classes.classes);
   for (int copy = 0; copy < n_copies; ++copy) {
-    fill_params<<<int(pages.size()), 64>>>(pools + copy * pool_bytes, p.pages, int(pages.size()),
-                                           p);
+    fill_params<<<int(pages.size()), 64>>>(pools + copy * pool_bytes, p.pages, classes);
   }
 
   std::vector<HalfBits> sets;
   for (int row = 0; row < n_rows; ++row) {
-    for (int cls = 0; cls < p.n_classes; ++cls) {
+    for (int cls = 0; cls < n_classes; ++cls) {
       const float levels = float((1 << shape.classes[cls].key_bits) - 1);
       std::vector<float> low(d), step(d);
       for (int c = 0; c < d; ++c) {
-        const uint64_t x = (uint64_t(row) * p.n_classes + cls) * d + c;
+        const uint64_t x = (uint64_t(row) * n_classes + cls) * d + c;
         const float range = 2 + 4 * unit_float(3 * x);
         step[c] = range / levels;
         low[c] = -range * (0.3f + 0.4f * unit_float(3 * x + 1));
@@ -375,7 +384,6 @@ void bench_decode(const Report& report, const Shape& shape, int n_samples) {
     }
   }
   p.key_sets = device_copy(sets);
-  p.set_base = device_copy(set_base);
   std::vector<float> factors(std::size_t(n_rows) * d);
   for (std::size_t at = 0; at < factors.size(); ++at) {
     factors[at] = 0.05f + 0.1f * unit_float(at + 12345);
@@ -406,9 +414,10 @@ void bench_decode(const Report& report, const Shape& shape, int n_samples) {
   input.classes = shape.classes;
   input.pages = pages;
   input.row_begin = row_begin;
+  input.set_base = set_base;
   input.with_tail = shape.tail > 0;
   input.tail_tokens = shape.tail;
-  input.max_blocks = setup->max_blocks;
+  input.resident_blocks = setup->resident_blocks;
   const DecodePlan plan = plan_decode(input);
   p.items = device_copy(plan.items);
   p.n_blocks = plan.n_blocks;
@@ -459,17 +468,16 @@ void bench_decode(const Report& report, const Shape& shape, int n_samples) {
   const double bytes = double(pool_bytes) + double(sets.size()) * 2 + factors.size() * 4.0 +
                        q_size * 6.0 + double(n_rows) * shape.tail * d * 4;
   char extra[160];
-  std::snprintf(extra, sizeof(extra), "err %.1e blocks %d parts %d slots %d", worst, plan.n_blocks,
+  std::snprintf(extra, sizeof(extra), "err %.1e blocks %d parts %d slots %d", worst, p.n_blocks,
                 plan.n_partials, setup->shared.n_slots);
   report.line("decode", shape.name, bytes, t, extra);
   for (const void* memory :
        {static_cast<const void*>(pools), static_cast<const void*>(p.pages),
-        static_cast<const void*>(p.key_sets), static_cast<const void*>(p.set_base),
-        static_cast<const void*>(p.value_factors), static_cast<const void*>(q),
-        static_cast<const void*>(p.out), static_cast<const void*>(tail_k),
-        static_cast<const void*>(tail_v), static_cast<const void*>(p.tail_tokens),
-        static_cast<const void*>(p.items), static_cast<const void*>(p.partials),
-        static_cast<const void*>(p.tickets)}) {
+        static_cast<const void*>(p.key_sets), static_cast<const void*>(p.value_factors),
+        static_cast<const void*>(q), static_cast<const void*>(p.out),
+        static_cast<const void*>(tail_k), static_cast<const void*>(tail_v),
+        static_cast<const void*>(p.tail_tokens), static_cast<const void*>(p.items),
+        static_cast<const void*>(p.partials), static_cast<const void*>(p.tickets)}) {
     cudaFree(const_cast<void*>(memory));
   }
 }
@@ -590,9 +598,12 @@ int main(int argc, char** argv) {
   using namespace zipcache::cuda;  // NOLINT(google-build-using-namespace)
   Report report;
   int n_samples = 40;
+  std::string filter;
   for (int at = 1; at < argc; ++at) {
     if (std::strcmp(argv[at], "--quick") == 0) {
       n_samples = 10;
+    } else if (std::strcmp(argv[at], "--filter") == 0 && at + 1 < argc) {
+      filter = argv[++at];
     } else if (std::strcmp(argv[at], "--json") == 0 && at + 1 < argc) {
       report.json = std::fopen(argv[++at], "w");
     } else {
@@ -608,7 +619,15 @@ int main(int argc, char** argv) {
   report.device = device.name;
   std::printf("%s, %d SMs, L2 %d MB\n", device.name, device.multiProcessorCount,
               device.l2CacheSize >> 20);
-  bench_ceilings(report, n_samples);
+  const auto wanted = [&](const std::string& name) {
+    if (filter.starts_with('=')) {
+      return name == filter.substr(1);
+    }
+    return filter.empty() || name.find(filter) != std::string::npos;
+  };
+  if (wanted("ceilings")) {
+    bench_ceilings(report, n_samples);
+  }
 
   using Classes = std::vector<PageClass>;
   const Classes mixed{{4, 4}, {2, 2}}, low{{2, 2}}, high{{4, 4}}, three{{4, 3}, {3, 3}, {3, 2}};
@@ -631,9 +650,13 @@ int main(int argc, char** argv) {
       {"B8 32k mixed G8", 8, 32768, mixed, {0.6, 0.4}, 0, 64, 8, 128},
   };
   for (const Shape& shape : shapes) {
-    bench_decode(report, shape, n_samples);
+    if (wanted(shape.name)) {
+      bench_decode(report, shape, n_samples);
+    }
   }
-  bench_prefill(report, 32768, 512, n_samples);
-  bench_prefill(report, 4096, 204, n_samples);
+  if (wanted("prefill")) {
+    bench_prefill(report, 32768, 512, n_samples);
+    bench_prefill(report, 4096, 204, n_samples);
+  }
   return 0;
 }

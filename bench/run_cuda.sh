@@ -12,7 +12,9 @@ quick=${3:-}
 mkdir -p "$out"
 
 have() { command -v "$1" >/dev/null; }
-nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,clocks.max.mem,power.limit --format=csv
+nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,clocks.max.mem,power.limit \
+  --format=csv,noheader | tee "$out/device.csv"
+date -u +%F >"$out/date"
 
 timeout 200 "$bin/cuda_test" >"$out/test.log" 2>&1
 test_status=$?

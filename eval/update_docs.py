@@ -9,6 +9,7 @@ import argparse
 import re
 import sys
 
+import gpu_tables
 import harness
 import plot
 import plot_length
@@ -76,6 +77,8 @@ def origins(records):
 
 
 def table(name):
+    if name in gpu_tables.TABLES:
+        return gpu_tables.TABLES[name]()
     if name in SUMMARIES:
         return f"{SUMMARIES[name]([])}\n"
     if name not in TABLES:

@@ -10,8 +10,6 @@
 namespace zipcache::cuda {
 namespace {
 
-constexpr int kMaxKeySets = 4;
-
 Error missing(const std::string& what, const std::string& required, const std::string& supported) {
   return unsupported("cuda " + what + ": required " + required + ", supported " + supported +
                      ", missing a kernel for it");
@@ -86,16 +84,18 @@ Expected<DecodeSetup> prepare_decode(int head_dim, int group, std::span<const Pa
         "later, missing any device");
   }
 
-  // As many slots as let the registers' number of blocks stay; at least two.
+  // As many slots as let the registers' number of blocks stay; at least two, if the block may.
   DecodeSetup setup;
   for (const PageClass cls : classes) {
     setup.shared.slot_bytes =
         std::max(setup.shared.slot_bytes, tile_bytes(head_dim, cls.key_bits, cls.value_bits));
   }
-  const int per_block = std::min(block_limit, sm_limit / min_blocks(head_dim) - reserved);
-  const int for_slots = per_block - slots_offset(head_dim, group);
+  const int per_block = std::min(block_limit, sm_limit / kDecodeBlocksPerSm - reserved);
+  const int fixed = decode_shared(head_dim, group).slots;
+  const int per_slot = decode_warps(head_dim) * setup.shared.slot_bytes;
   setup.shared.n_slots =
-      std::clamp(for_slots / (kDecodeWarps * setup.shared.slot_bytes), 2, kMaxRingSlots);
+      std::clamp((per_block - fixed) / per_slot, std::clamp((block_limit - fixed) / per_slot, 1, 2),
+                 kMaxRingSlots);
   const int shared_bytes = decode_shared_bytes(head_dim, group, setup.shared);
   if (shared_bytes > block_limit) {
     return missing("decode", std::to_string(shared_bytes) + " bytes of shared memory per block",
@@ -107,7 +107,7 @@ Expected<DecodeSetup> prepare_decode(int head_dim, int group, std::span<const Pa
   if (error != cudaSuccess) {
     return to_status(error, "decode").error();
   }
-  setup.max_blocks = n_sms * std::max(blocks_per_sm, 1);
+  setup.resident_blocks = n_sms * std::max(blocks_per_sm, 1);
   return setup;
 }
 

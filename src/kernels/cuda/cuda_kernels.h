@@ -23,7 +23,7 @@ using Stream = CUstream_st*;  // cudaStream_t
 // What a shape and its classes need; computed once, good for any number of launches.
 struct DecodeSetup {
   DecodeSharedPlan shared;
-  int max_blocks = 0;  // as many as the device runs at once: PlanInput::max_blocks
+  int resident_blocks = 0;  // as many as the device runs at once: PlanInput::resident_blocks
 };
 Expected<DecodeSetup> prepare_decode(int head_dim, int group, std::span<const PageClass> classes);
 

@@ -1,7 +1,8 @@
 // Decode attention over packed pages, one launch: every block of threads streams its work items,
 // its warps merge in shared memory, and the last block of a row merges the row's partial results.
 //
-// Story of a warp:   start the ring  ->  for every item: tiles, fp16 tail, merge with the block
+// Story of a block:   start the rings  ->  for every item: fold the query, tiles, and where a part
+// of a row ends: fp16 tail, merge of the warps, merge of the row by the last
 #pragma once
 
 #include "kernels/cuda/decode_config.h"
@@ -9,6 +10,27 @@
 #include "kernels/cuda/tile_ring.cuh"
 
 namespace zipcache::cuda {
+
+// Tiles between two folds of the value offsets. The matrix instruction truncates to the size of the
+// sum: folding often keeps the sum of offsets (1 per weight) from drowning the codes.
+inline constexpr int kFoldTiles = 32;
+
+struct ItemHead {
+  int row, n_pages, next, set, n_tokens, key_bits, value_bits;
+  uint32_t flags;
+};
+__device__ __forceinline__ ItemHead load_item(const DecodeParams& params, int index) {
+  const uint4 a = ptx::load_16(params.items + index);
+  const uint4 b = ptx::load_16(reinterpret_cast<const uint4*>(params.items + index) + 1);
+  return {static_cast<int>(a.x),
+          static_cast<int>(a.z),
+          static_cast<int>(a.w),
+          static_cast<int>(b.x),
+          static_cast<int>(b.z),
+          static_cast<int>(b.y & 0xff),
+          static_cast<int>(b.y >> 8 & 0xff),
+          b.y};
+}
 
 // --- Merging states of one head ------------------------------------------------------------------
 
@@ -30,16 +52,18 @@ struct HeadSlice {
   }
   // x += weight * from[...]
   __device__ __forceinline__ void add(const float* from, float weight, int lane) {
+    add_with([](const auto* at) { return *at; }, from, weight, lane);
+  }
+  // The same of what another block has written.
+  __device__ __forceinline__ void add_global(const float* from, float weight, int lane) {
+    add_with([](const auto* at) { return __ldcg(at); }, from, weight, lane);
+  }
+  __device__ __forceinline__ void scale(float factor) {
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
-      const float* at = from + (part * kWarpLanes + lane) * kWidth;
-      if constexpr (kWidth == 4) {
-        const float4 v = *reinterpret_cast<const float4*>(at);
-        x[part][0] += weight * v.x, x[part][1] += weight * v.y;
-        x[part][2] += weight * v.z, x[part][3] += weight * v.w;
-      } else {
-        const float2 v = *reinterpret_cast<const float2*>(at);
-        x[part][0] += weight * v.x, x[part][1] += weight * v.y;
+#pragma unroll
+      for (int c = 0; c < kWidth; ++c) {
+        x[part][c] *= factor;
       }
     }
   }
@@ -52,6 +76,23 @@ struct HeadSlice {
                                           x[part][2] * factor, x[part][3] * factor};
       } else {
         *reinterpret_cast<float2*>(at) = {x[part][0] * factor, x[part][1] * factor};
+      }
+    }
+  }
+
+ private:
+  template <typename Load>
+  __device__ __forceinline__ void add_with(Load load, const float* from, float weight, int lane) {
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      const float* at = from + (part * kWarpLanes + lane) * kWidth;
+      if constexpr (kWidth == 4) {
+        const float4 v = load(reinterpret_cast<const float4*>(at));
+        x[part][0] += weight * v.x, x[part][1] += weight * v.y;
+        x[part][2] += weight * v.z, x[part][3] += weight * v.w;
+      } else {
+        const float2 v = load(reinterpret_cast<const float2*>(at));
+        x[part][0] += weight * v.x, x[part][1] += weight * v.y;
       }
     }
   }
@@ -68,187 +109,250 @@ __device__ __forceinline__ void write_result(const DecodeParams& params, int64_t
   }
 }
 
-// The last block of a row: one warp per head reads the row's partial results.
+// Merges unnormalised results of a head: a running maximum, sum and output.
 template <int kHeadDim>
-__device__ __forceinline__ void merge_partials(const DecodeParams& params, const WorkItem& item,
-                                               int64_t first_head, int group, int warp, int lane) {
-  const int64_t stride = partial_floats(kHeadDim, group);
-  const float* partials = params.partials + item.first_partial * stride;
-  for (int head = warp; head < group; head += kDecodeWarps) {
-    const float* states = partials + group * kHeadDim + head * 4;
-    float max = kNoScore;
-    for (int n = lane; n < item.n_partials; n += kWarpLanes) {
-      max = fmaxf(max, __ldcg(states + n * stride));
-    }
+struct HeadMerge {
+  static constexpr int kBatch = 8;
+  float max = kNoScore, sum = 0;  // sum: of this lane's results only, until finish()
+  HeadSlice<kHeadDim> slice;
+
+  __device__ __forceinline__ HeadMerge() { slice.clear(); }
+  // `count` <= 32 results, lane n holding (max, sum) of result n; `add(n, weight)` adds its output.
+  template <typename Add>
+  __device__ __forceinline__ void merge(float2 state, int count, int lane, Add add) {
+    float largest = lane < count ? state.x : kNoScore;
     for (int offset = 16; offset > 0; offset /= 2) {
-      max = fmaxf(max, __shfl_xor_sync(ptx::kFullWarp, max, offset));
+      largest = fmaxf(largest, __shfl_xor_sync(ptx::kFullWarp, largest, offset));
     }
-    float sum = 0;
-    HeadSlice<kHeadDim> slice;
-    slice.clear();
-#pragma unroll 4
-    for (int n = 0; n < item.n_partials; ++n) {
-      const float2 state = __ldcg(reinterpret_cast<const float2*>(states + n * stride));
-      const float weight = ptx::exp2(state.x - max);
-      sum += weight * state.y;
-      slice.add(partials + n * stride + head * kHeadDim, weight, lane);
+    largest = fmaxf(largest, max);
+    const float rescale = ptx::exp2(max - largest);
+    const float weight = lane < count ? ptx::exp2(state.x - largest) : 0.0f;
+    sum = sum * rescale + (lane < count ? weight * state.y : 0.0f);
+    max = largest;
+    slice.scale(rescale);
+    // Batches without a remainder: one trip to memory each. Beyond `count` the weights are zero.
+    for (int first = 0; first < count; first += kBatch) {
+#pragma unroll
+      for (int n = 0; n < kBatch; ++n) {
+        add(min(first + n, count - 1), __shfl_sync(ptx::kFullWarp, weight, first + n));
+      }
     }
-    write_result<kHeadDim>(params, first_head + head, slice, max, sum, lane);
   }
+  __device__ __forceinline__ void finish() {
+    for (int offset = 16; offset > 0; offset /= 2) {
+      sum += __shfl_xor_sync(ptx::kFullWarp, sum, offset);
+    }
+  }
+};
+
+// The last block of a row merges the row's partial results. Each head has one or more warps; each
+// takes a run of the results.
+template <int kHeadDim>
+__device__ __forceinline__ void merge_partials(const DecodeParams& params, int first_partial,
+                                               int n_partials, int64_t first_head, int group,
+                                               float* outputs, float2* states, int warp, int lane) {
+  constexpr int kWarps = decode_warps(kHeadDim);
+  const int64_t stride = partial_floats(kHeadDim, group);
+  const float* partials = params.partials + first_partial * stride;
+  const int per_head = max(kWarps / group, 1);
+  const int part = warp % per_head;
+  const int begin = n_partials * part / per_head, end = n_partials * (part + 1) / per_head;
+  for (int head = warp / per_head; head < group; head += kWarps / per_head) {
+    HeadMerge<kHeadDim> merged;
+    for (int first = begin; first < end; first += kWarpLanes) {
+      const int count = min(end - first, kWarpLanes);
+      const float* at = partials + first * stride;
+      float2 state = {0, 0};
+      if (lane < count) {
+        state = __ldcg(
+            reinterpret_cast<const float2*>(at + lane * stride + group * kHeadDim + head * 4));
+      }
+      merged.merge(state, count, lane, [&](int n, float weight) {
+        merged.slice.add_global(at + n * stride + head * kHeadDim, weight, lane);
+      });
+    }
+    merged.finish();
+    if (per_head == 1) {
+      write_result<kHeadDim>(params, first_head + head, merged.slice, merged.max, merged.sum, lane);
+    } else {
+      merged.slice.store(outputs + warp * output_stride(kHeadDim), 1.0f, lane);
+      if (lane == 0) {
+        states[warp] = {merged.max, merged.sum};
+      }
+    }
+  }
+  if (per_head == 1) {
+    return;
+  }
+  __syncthreads();
+  const int head = warp / per_head;
+  if (part == 0 && head < group) {
+    HeadMerge<kHeadDim> merged;
+    merged.merge(lane < per_head ? states[warp + lane] : float2{0, 0}, per_head, lane,
+                 [&](int n, float weight) {
+                   merged.slice.add(outputs + (warp + n) * output_stride(kHeadDim), weight, lane);
+                 });
+    merged.finish();
+    write_result<kHeadDim>(params, first_head + head, merged.slice, merged.max, merged.sum, lane);
+  }
+}
+
+// --- The end of a block's part of a row ----------------------------------------------------------
+
+// The warps' unnormalised states become the row's result, or one of its partial results. All
+// threads call this; shared memory is free again when it returns.
+template <int kHeadDim>
+__device__ __forceinline__ void finish_part(const DecodeParams& params, int item, int row,
+                                            const RowState<kHeadDim>& state, uint8_t* shared,
+                                            int warp, int lane) {
+  constexpr int kWarps = decode_warps(kHeadDim);
+  const int group = params.n_heads / params.n_kv_heads;
+  const DecodeShared at = decode_shared(kHeadDim, group);
+  float2* states = reinterpret_cast<float2*>(shared + at.states);
+  float* outputs = reinterpret_cast<float*>(shared + at.outputs);
+  uint32_t* last_flag = reinterpret_cast<uint32_t*>(shared + at.control);
+  const int first_partial = __ldg(&params.items[item].first_partial);
+  const int n_partials = __ldg(&params.items[item].n_partials);
+  const int partial = __ldg(&params.items[item].partial);
+
+  const int g = lane >> 2;
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    float sum = state.sum[e];
+    sum += __shfl_xor_sync(ptx::kFullWarp, sum, 4);
+    sum += __shfl_xor_sync(ptx::kFullWarp, sum, 8);
+    sum += __shfl_xor_sync(ptx::kFullWarp, sum, 16);
+    const int head = (lane & 3) * 2 + e;
+    if (head < group) {
+      if (g == 0) {
+        states[head * kWarps + warp] = {state.max[e], sum};
+      }
+      float* to = outputs + (warp * group + head) * output_stride(kHeadDim) + g * 8;
+#pragma unroll
+      for (int block = 0; block < kHeadDim / 16; block += 2) {
+        *reinterpret_cast<float4*>(to + block / 4 * 64 + block % 4 * 2) = {
+            state.acc[block][e], state.acc[block][2 + e], state.acc[block + 1][e],
+            state.acc[block + 1][2 + e]};
+      }
+    }
+  }
+  __syncthreads();
+
+  // One warp per head merges the block.
+  const int64_t first_head = static_cast<int64_t>(row) * group;
+  for (int head = warp; head < group; head += kWarps) {
+    HeadMerge<kHeadDim> merged;
+    merged.merge(lane < kWarps ? states[head * kWarps + lane] : float2{0, 0}, kWarps, lane,
+                 [&](int n, float weight) {
+                   merged.slice.add(outputs + (n * group + head) * output_stride(kHeadDim), weight,
+                                    lane);
+                 });
+    merged.finish();
+    if (n_partials == 1) {
+      write_result<kHeadDim>(params, first_head + head, merged.slice, merged.max, merged.sum, lane);
+    } else {
+      float* to = params.partials + partial * static_cast<int64_t>(partial_floats(kHeadDim, group));
+      merged.slice.store(to + head * kHeadDim, 1.0f, lane);
+      if (lane == 0) {
+        *reinterpret_cast<float2*>(to + group * kHeadDim + head * 4) = {merged.max, merged.sum};
+      }
+    }
+  }
+  __syncthreads();
+  if (n_partials == 1) {
+    return;
+  }
+
+  // The last block to finish a part of this row merges the row, and leaves the ticket at zero.
+  if (threadIdx.x == 0) {
+    const bool last =
+        ptx::take_ticket(params.tickets + row) + 1 == static_cast<uint32_t>(n_partials);
+    if (last) {
+      params.tickets[row] = 0;
+    }
+    *last_flag = last;
+  }
+  __syncthreads();
+  if (*last_flag != 0) {
+    merge_partials<kHeadDim>(params, first_partial, n_partials, first_head, group, outputs, states,
+                             warp, lane);
+  }
+  __syncthreads();
 }
 
 // --- The kernel ----------------------------------------------------------------------------------
 
 template <int kHeadDim>
-__global__ void __launch_bounds__(kDecodeThreads, min_blocks(kHeadDim))
+__global__ void __launch_bounds__(decode_threads(kHeadDim), kDecodeBlocksPerSm)
     decode_kernel(const __grid_constant__ DecodeParams params,
                   const __grid_constant__ DecodeSharedPlan plan) {
+  constexpr int kWarps = decode_warps(kHeadDim);
   uint8_t* const shared = ptx::dynamic_shared();
   const int warp = __shfl_sync(ptx::kFullWarp, static_cast<int>(threadIdx.x) / kWarpLanes, 0);
   const int lane = threadIdx.x % kWarpLanes;
   const int group = params.n_heads / params.n_kv_heads;
+  const DecodeShared at = decode_shared(kHeadDim, group);
 
-  uint8_t* control = shared + warp * kRingControlBytes;
-  uint32_t* last_flag = reinterpret_cast<uint32_t*>(shared + kFlagOffset);
-  float2* states = reinterpret_cast<float2*>(shared + kStateOffset);
-  float* outputs = reinterpret_cast<float*>(shared + kOutputOffset);
-  uint8_t* slots = shared + slots_offset(kHeadDim, group) + warp * plan.n_slots * plan.slot_bytes;
-
-  int item_index = blockIdx.x;
-  TileCursor cursor(params, item_index, warp);
-  TileRing<kHeadDim> ring(control, slots, plan.n_slots, plan.slot_bytes);
-  ring.start(params, cursor, warp, lane);
-
-  QueryOperand<kHeadDim> query;
+  TileRing<kHeadDim> ring(params, shared + at.control + kFlagBytes + warp * kRingControlBytes,
+                          shared + at.slots + warp * plan.n_slots * plan.slot_bytes, plan,
+                          blockIdx.x, warp, lane);
+  QueryOperand<kHeadDim> query(shared, shared + at.query_stats);
   RowState<kHeadDim> state;
+  state.clear();
+  int value_bits = 0, tiles_since_fold = 0;
+  int index = blockIdx.x;
   do {
-    const int row = load_item(params, item_index).row;
-    const int n_tiles = load_item(params, item_index).n_pages * kTilesPerPage;
-    if (row < 0) {
-      return;
+    const ItemHead item = load_item(params, index);
+    const HalfBits* q = params.q + static_cast<int64_t>(item.row) * group * kHeadDim;
+    const float* factors = params.value_factors + static_cast<int64_t>(item.row) * kHeadDim;
+    if (warp == 0 && lane < kHeadDim / 32) {
+      ptx::prefetch(factors + lane * 32);  // for the end
     }
-    const int sequence = row / params.n_kv_heads, kv_head = row % params.n_kv_heads;
-    state.clear();
-    int key_bits = 0, value_bits = 0, set = -1;
-
-    // The warp's tiles of this item.
-    int tiles_since_fold = 0;
-    for (int tile = warp; tile < n_tiles; tile += kDecodeWarps) {
+    if (item.n_pages > 0) {
+      query.fold(q, group, params.scale,
+                 params.key_sets + static_cast<int64_t>(item.set) * 2 * kHeadDim, item.key_bits,
+                 warp, lane);
+      if (item.value_bits != value_bits) {
+        state.fold_offsets(value_bits, lane);
+        value_bits = item.value_bits;
+        state.unfold(value_bits);
+        tiles_since_fold = 0;
+      }
+    }
+    for (int tile = warp; tile < item.n_pages * kTilesPerPage; tile += kWarps) {
+      if (++tiles_since_fold == kFoldTiles) {
+        state.fold_offsets(value_bits, lane);
+        state.unfold(value_bits);
+        tiles_since_fold = 0;
+      }
+      const int tokens = min(item.n_tokens - tile * kTileTokens, kTileTokens);
       const uint8_t* bytes = ring.wait();
-      const TileInfo info = ring.info();
-      const PageClass cls = params.classes[info.cls];
-      if (info.tokens > 0) {
-        if (cls.key_bits != key_bits || info.set != set) {
-          key_bits = cls.key_bits;
-          set = info.set;
-          const int64_t global_set = __ldg(params.set_base + row) + set;
-          query.load(params, sequence, kv_head, group, params.key_sets + global_set * 2 * kHeadDim,
-                     key_bits, lane);
-        }
-        // Folding often keeps the sum of offsets (1 per weight) from drowning small codes in fp32.
-        if (cls.value_bits != value_bits || ++tiles_since_fold == 64) {
-          state.fold_offsets(value_bits, lane);
-          value_bits = cls.value_bits;
-          state.unfold(value_bits);
-          tiles_since_fold = 0;
-        }
-        state.add_tile(bytes, key_bits, value_bits, info.tokens, query, lane);
+      if (tokens > 0) {
+        state.add_tile(bytes, item.key_bits, value_bits, tokens, query, lane);
       }
-      ring.release(params, cursor, warp, lane);
+      ring.release(params, lane);
     }
-    state.fold_offsets(value_bits, lane);
-    state.apply_factors(params.value_factors + static_cast<int64_t>(row) * kHeadDim, lane);
 
-    // The rest of the item is read only now: it would hold registers while tiles stream.
-    const WorkItem item = load_item(params, item_index);
-
-    // The fp16 tail: at most one tile per warp.
-    if (item.with_tail != 0 && params.tail_k != nullptr) {
-      const int tokens = __ldg(params.tail_tokens + sequence);
-      const int64_t base = static_cast<int64_t>(row) * kTailTokens * kHeadDim;
+    if ((item.flags & kItemEndsPart) != 0) {
+      state.fold_offsets(value_bits, lane);
+      state.apply_factors(factors, lane);
+      if ((item.flags & kItemWithTail) != 0 && params.tail_k != nullptr) {
+        const int tokens = __ldg(params.tail_tokens + item.row / params.n_kv_heads);
+        const int64_t base = static_cast<int64_t>(item.row) * kTailTokens * kHeadDim;
+        query.fold(q, group, params.scale, nullptr, kHalfBits, warp, lane);
 #pragma unroll 1
-      for (int first = warp * kTileTokens; first < tokens; first += kDecodeWarps * kTileTokens) {
-        query.load(params, sequence, kv_head, group, nullptr, kHalfBits, lane);
-        state.add_tail(params.tail_k + base + first * kHeadDim,
-                       params.tail_v + base + first * kHeadDim, min(tokens - first, kTileTokens),
-                       query, lane);
-      }
-    }
-
-    // Every warp leaves its unnormalised state.
-    const int g = lane >> 2;
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      float sum = state.sum[e];
-      sum += __shfl_xor_sync(ptx::kFullWarp, sum, 4);
-      sum += __shfl_xor_sync(ptx::kFullWarp, sum, 8);
-      sum += __shfl_xor_sync(ptx::kFullWarp, sum, 16);
-      const int head = (lane & 3) * 2 + e;
-      if (head < group) {
-        if (g == 0) {
-          states[warp * kMaxGroup + head] = {state.max[e], sum};
-        }
-        float* to = outputs + (warp * group + head) * output_stride(kHeadDim) + g * 8;
-#pragma unroll
-        for (int block = 0; block < kHeadDim / 16; block += 2) {
-          *reinterpret_cast<float4*>(to + block / 4 * 64 + block % 4 * 2) = {
-              state.acc[block][e], state.acc[block][2 + e], state.acc[block + 1][e],
-              state.acc[block + 1][2 + e]};
+        for (int first = warp * kTileTokens; first < tokens; first += kWarps * kTileTokens) {
+          state.add_tail(params.tail_k + base + first * kHeadDim,
+                         params.tail_v + base + first * kHeadDim, min(tokens - first, kTileTokens),
+                         query, lane);
         }
       }
+      finish_part<kHeadDim>(params, index, item.row, state, shared, warp, lane);
+      state.clear();
+      value_bits = 0;
     }
-    __syncthreads();
-
-    // One warp per head merges the block.
-    const int64_t first_head = static_cast<int64_t>(sequence) * params.n_heads + kv_head * group;
-    for (int head = warp; head < group; head += kDecodeWarps) {
-      float max = kNoScore, sum = 0;
-#pragma unroll
-      for (int w = 0; w < kDecodeWarps; ++w) {
-        max = fmaxf(max, states[w * kMaxGroup + head].x);
-      }
-      HeadSlice<kHeadDim> slice;
-      slice.clear();
-#pragma unroll
-      for (int w = 0; w < kDecodeWarps; ++w) {
-        const float2 part = states[w * kMaxGroup + head];
-        const float weight = ptx::exp2(part.x - max);
-        sum += weight * part.y;
-        slice.add(outputs + (w * group + head) * output_stride(kHeadDim), weight, lane);
-      }
-      if (item.n_partials == 1) {
-        write_result<kHeadDim>(params, first_head + head, slice, max, sum, lane);
-      } else {
-        float* to =
-            params.partials + item.partial * static_cast<int64_t>(partial_floats(kHeadDim, group));
-        slice.store(to + head * kHeadDim, 1.0f, lane);
-        if (lane == 0) {
-          *reinterpret_cast<float2*>(to + group * kHeadDim + head * 4) = {max, sum};
-        }
-      }
-    }
-
-    // The last block to finish a part of this row merges the row, and leaves the ticket at zero.
-    if (item.n_partials > 1) {
-      __threadfence();
-      __syncthreads();
-      if (threadIdx.x == 0) {
-        const uint32_t ticket = atomicAdd(params.tickets + row, 1u);
-        const bool last = ticket + 1 == static_cast<uint32_t>(item.n_partials);
-        if (last) {
-          params.tickets[row] = 0;
-        }
-        *last_flag = last;
-      }
-      __syncthreads();
-      if (*last_flag != 0) {
-        __threadfence();
-        merge_partials<kHeadDim>(params, item, first_head, group, warp, lane);
-      }
-    }
-    __syncthreads();  // outputs and states are free again
-    item_index = item.next;
-  } while (item_index >= 0);
+    index = item.next;
+  } while (index >= 0);
 }
 
 }  // namespace zipcache::cuda

@@ -151,10 +151,11 @@ std::vector<Outputs> run_decode(const DecodeCase& c, const HostCache& cache, int
   input.classes = c.classes;
   input.pages = cache.pages;
   input.row_begin = cache.row_begin;
+  input.set_base = cache.set_base;
   input.with_tail = !c.tail.empty();
-  input.max_blocks = c.max_blocks > 0 ? c.max_blocks : setup->max_blocks;
+  input.resident_blocks = c.resident_blocks > 0 ? c.resident_blocks : setup->resident_blocks;
   input.min_block_bytes = 2 << 10;  // many splits, also of small cases
-  input.item_bytes = 1 << 10;
+  input.part_bytes = 1 << 10;
   const DecodePlan plan = plan_decode(input);
 
   const DeviceArray<Half> q(cache.q), key_sets(cache.key_sets), tail_k(cache.tail_k),
@@ -162,7 +163,7 @@ std::vector<Outputs> run_decode(const DecodeCase& c, const HostCache& cache, int
   // cudaMalloc aligns to 256 bytes and the guard keeps that.
   const DeviceArray<std::byte> pool(cache.pool);
   const DeviceArray<PageEntry> pages(cache.pages);
-  const DeviceArray<std::int32_t> set_base(cache.set_base), tail_tokens(cache.tail_tokens);
+  const DeviceArray<std::int32_t> tail_tokens(cache.tail_tokens);
   const DeviceArray<float> value_factors(cache.value_factors);
   const DeviceArray<WorkItem> items(plan.items);
   DeviceArray<float> partials(std::size_t(plan.n_partials) * partial_floats(c.head_dim, c.group));
@@ -178,12 +179,9 @@ std::vector<Outputs> run_decode(const DecodeCase& c, const HostCache& cache, int
   params.q = q.data();
   params.out = out.data();
   params.lse = lse.data();
-  params.n_classes = static_cast<int>(c.classes.size());
-  std::copy(c.classes.begin(), c.classes.end(), params.classes);
   params.pool = reinterpret_cast<const std::uint8_t*>(pool.data());
   params.pages = pages.data();
   params.key_sets = key_sets.data();
-  params.set_base = set_base.data();
   params.value_factors = value_factors.data();
   if (!c.tail.empty()) {
     params.tail_k = tail_k.data();

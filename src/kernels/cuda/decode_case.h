@@ -17,8 +17,8 @@ struct DecodeCase {
   std::vector<PageClass> classes{{4, 4}, {2, 2}};
   std::vector<std::vector<int>> class_tokens;  // [sequence][class]
   std::vector<int> tail;                       // [sequence]; empty: no tail
-  int n_segments = 1;  // each class is cut into so many, with scale sets of their own
-  int max_blocks = 0;  // 0: what the device holds
+  int n_segments = 1;       // each class is cut into so many, with scale sets of their own
+  int resident_blocks = 0;  // 0: what the device holds
   std::uint64_t seed = 1;
 
   int n_sequences() const { return static_cast<int>(class_tokens.size()); }

@@ -6,36 +6,53 @@
 namespace zipcache::cuda {
 
 inline constexpr int kMaxGroup = 8;  // query heads per KV head: columns of one matrix instruction
-inline constexpr int kDecodeWarps = 4;
-inline constexpr int kDecodeThreads = kDecodeWarps * kWarpLanes;
 inline constexpr int kMaxRingSlots = 8;
 
-// Blocks per SM that registers should allow: 16 warps hide the latency of the serial score ->
-// weight -> value chain of one tile; head_dim 256 has twice the accumulators.
-ZC_HOST_DEVICE constexpr int min_blocks(int head_dim) { return head_dim == 256 ? 2 : 4; }
+// Two blocks of 8 warps per SM (measured on an H100 against 4 to 6 blocks of 4 and 2 of 10: the
+// fewer blocks share a row, the shorter its merge, and more warps do not stream faster). head_dim
+// 256 has twice the accumulators.
+ZC_HOST_DEVICE constexpr int decode_warps(int head_dim) { return head_dim == 256 ? 4 : 8; }
+ZC_HOST_DEVICE constexpr int decode_threads(int head_dim) {
+  return decode_warps(head_dim) * kWarpLanes;
+}
+inline constexpr int kDecodeBlocksPerSm = 2;
 
 // What a launch decides about shared memory.
 struct DecodeSharedPlan {
-  int n_slots = 0;     // of each warp's ring, 2..kMaxRingSlots
+  int n_slots = 0;     // of each warp's ring, 1..kMaxRingSlots
   int slot_bytes = 0;  // the largest tile of the launch
 };
 
 // Shared memory of a block:
-//   [barriers and words of each warp's ring][flag][max and sum of each warp and head]
-//   [outputs of each warp and head][ring slots of each warp]
-inline constexpr int kRingControlBytes = kMaxRingSlots * 16;  // 8 of barrier, 4 of word, padded
-inline constexpr int kFlagOffset = kDecodeWarps * kRingControlBytes;
-inline constexpr int kStateOffset = kFlagOffset + 16;
-inline constexpr int kOutputOffset = kStateOffset + kDecodeWarps * kMaxGroup * 8;
+//   [query operand][partial results of folding the query]
+//   [max and sum of each warp and head][outputs of each warp and head]
+//   [flag, barriers of each warp's ring][ring slots of each warp]
+struct DecodeShared {
+  int query_stats, states, outputs, control, slots;  // offsets; the query operand is at 0
+};
+inline constexpr int kRingControlBytes = kMaxRingSlots * 8;
+inline constexpr int kFlagBytes = 64;
+// Floats of the statistics of one fold: [3 kinds][head_dim / 32 chunks][heads], two sets in turn.
+ZC_HOST_DEVICE constexpr int query_stat_floats(int head_dim) {
+  return 3 * (head_dim / 32) * kMaxGroup;
+}
 // Floats between the outputs of two heads; + 4 spreads the lanes of a store over the banks.
 ZC_HOST_DEVICE constexpr int output_stride(int head_dim) { return head_dim + 4; }
-ZC_HOST_DEVICE constexpr int slots_offset(int head_dim, int group) {
-  const int end = kOutputOffset + kDecodeWarps * group * output_stride(head_dim) * 4;
-  return (end + kTileAlignment - 1) / kTileAlignment * kTileAlignment;
+ZC_HOST_DEVICE constexpr DecodeShared decode_shared(int head_dim, int group) {
+  const int warps = decode_warps(head_dim);
+  DecodeShared at{};
+  at.query_stats = kMaxGroup * head_dim * 2;
+  at.states = at.query_stats + 2 * query_stat_floats(head_dim) * 4;
+  at.outputs = at.states + warps * kMaxGroup * 8;
+  at.control = at.outputs + warps * group * output_stride(head_dim) * 4;
+  const int end = at.control + kFlagBytes + warps * kRingControlBytes;
+  at.slots = (end + kTileAlignment - 1) / kTileAlignment * kTileAlignment;
+  return at;
 }
 ZC_HOST_DEVICE constexpr int decode_shared_bytes(int head_dim, int group,
                                                  const DecodeSharedPlan& plan) {
-  return slots_offset(head_dim, group) + kDecodeWarps * plan.n_slots * plan.slot_bytes;
+  return decode_shared(head_dim, group).slots +
+         decode_warps(head_dim) * plan.n_slots * plan.slot_bytes;
 }
 
 // Floats of one partial result: [group, head_dim] outputs, [group, 4] (max, sum, unused).

@@ -14,14 +14,14 @@ cudaError_t DecodeLauncher<kHeadDim>::prepare(int shared_bytes, int* blocks_per_
     return error;
   }
   return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks_per_sm, decode_kernel<kHeadDim>,
-                                                       kDecodeThreads, shared_bytes);
+                                                       decode_threads(kHeadDim), shared_bytes);
 }
 
 template <int kHeadDim>
 cudaError_t DecodeLauncher<kHeadDim>::launch(const DecodeParams& params,
                                              const DecodeSharedPlan& plan, cudaStream_t stream) {
   const int group = params.n_heads / params.n_kv_heads;
-  return launch_kernel(decode_kernel<kHeadDim>, dim3(params.n_blocks), kDecodeThreads,
+  return launch_kernel(decode_kernel<kHeadDim>, dim3(params.n_blocks), decode_threads(kHeadDim),
                        decode_shared_bytes(kHeadDim, group, plan), stream, params, plan);
 }
 

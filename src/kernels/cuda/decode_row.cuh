@@ -18,90 +18,125 @@ inline constexpr float kNoScore = -1e30f;  // a finite "no maximum yet": no NaN 
 inline constexpr int kHalfBits = 16;       // "width" of the fp16 tail
 
 // The query as the operand of one width and scale set: q^ = scale * q * s / r, times a power of two
-// `norm` per head that keeps fp16 in range.
+// `norm` per head that keeps fp16 in range. The block folds it together and shares it.
 template <int kHeadDim>
-struct QueryOperand {
-  uint32_t b[kHeadDim / 16][2];
+class QueryOperand {
+ public:
+  static constexpr int kChunks = kHeadDim / 32;
+  static constexpr int kWarps = decode_warps(kHeadDim);
+
   float start[2];         // what a score of heads 2i, 2i+1 starts from: minima and offsets, x norm
   float inverse_norm[2];  // of heads 2i, 2i+1
 
-  // `set` is [2, head_dim] (scale, min), nullptr for fp16 keys.
-  __device__ __forceinline__ void load(const DecodeParams& params, int sequence, int kv_head,
-                                       int group, const HalfBits* set, int bits, int lane) {
-    const int head = lane >> 2, first = (lane & 3) * 8;
-    const bool used = head < group;
-    const HalfBits* q = params.q + (static_cast<int64_t>(sequence) * params.n_heads +
-                                    kv_head * group + (used ? head : 0)) *
-                                       kHeadDim;
-    const auto load_pairs = [&](const HalfBits* from, int chunk, uint32_t(&pairs)[4]) {
-      const uint4 v = ptx::load_16(from + chunk * 32 + first);
-      pairs[0] = v.x, pairs[1] = v.y, pairs[2] = v.z, pairs[3] = v.w;
-    };
+  // `words`: kMaxGroup * kHeadDim halves, `stats`: 2 * query_stat_floats(), both shared memory.
+  __device__ __forceinline__ QueryOperand(uint8_t* words, uint8_t* stats)
+      : words_(reinterpret_cast<uint4*>(words)), stats_(reinterpret_cast<float*>(stats)) {}
 
-    // Channels of pair p of a chunk share their factor r.
-    float folded[kHeadDim / 32][8], largest[4] = {0, 0, 0, 0}, minima = 0;
-#pragma unroll
-    for (int chunk = 0; chunk < kHeadDim / 32; ++chunk) {
-      uint32_t q_pairs[4], s_pairs[4] = {0x3c003c00u, 0x3c003c00u, 0x3c003c00u, 0x3c003c00u};
-      uint32_t m_pairs[4] = {0, 0, 0, 0};
-      load_pairs(q, chunk, q_pairs);
+  // This lane's column of [head_dim / 32][32 lanes]: the operands of two k-steps.
+  __device__ __forceinline__ const uint4* column(int lane) const { return words_ + lane; }
+
+  // All warps call this; the operand before is no longer in use when it returns. `q` is the query
+  // of the KV head, [group, head_dim]; `set` is [2, head_dim] (scale, min), nullptr for fp16 keys.
+  __device__ __forceinline__ void fold(const HalfBits* q, int group, float scale,
+                                       const HalfBits* set, int bits, int warp, int lane) {
+    const int head = lane >> 2, i = lane & 3;
+    const bool used = head < group;
+    const float log2_scale = scale * 1.44269504088896f;
+    turn_ = query_stat_floats(kHeadDim) - turn_;
+    float* largest = stats_ + turn_;  // [chunk][head]
+    float* minima = largest + kChunks * kMaxGroup;
+    float* sums = minima + kChunks * kMaxGroup;
+    const HalfBits* own_q = q + (used ? head : 0) * kHeadDim + i * 8;
+    const auto load_folded = [&](int chunk, uint32_t(&q_pairs)[4], float(&folded)[8]) {
+      const uint4 x = ptx::load_16(own_q + chunk * 32);
+      uint4 s = {0x3c003c00u, 0x3c003c00u, 0x3c003c00u, 0x3c003c00u};
       if (set != nullptr) {
-        load_pairs(set, chunk, s_pairs);
-        load_pairs(set + kHeadDim, chunk, m_pairs);
+        s = ptx::load_16(set + chunk * 32 + i * 8);
       }
+      const uint32_t s_pairs[4] = {s.x, s.y, s.z, s.w};
+      q_pairs[0] = x.x, q_pairs[1] = x.y, q_pairs[2] = x.z, q_pairs[3] = x.w;
+#pragma unroll
+      for (int pair = 0; pair < 4; ++pair) {  // its channels share their factor r
+        const float factor = log2_scale * key_inverse_factor(bits, pair >> 1, pair & 1);
+        folded[pair * 2] = ptx::low_half(q_pairs[pair]) * ptx::low_half(s_pairs[pair]) * factor;
+        folded[pair * 2 + 1] =
+            ptx::high_half(q_pairs[pair]) * ptx::high_half(s_pairs[pair]) * factor;
+      }
+    };
+#pragma unroll 1
+    for (int chunk = warp; chunk < kChunks; chunk += kWarps) {
+      uint32_t q_pairs[4];
+      float folded[8], of_all = 0, minimum = 0;
+      load_folded(chunk, q_pairs, folded);
+      uint4 m = {0, 0, 0, 0};
+      if (set != nullptr) {
+        m = ptx::load_16(set + kHeadDim + chunk * 32 + i * 8);
+      }
+      const uint32_t m_pairs[4] = {m.x, m.y, m.z, m.w};
 #pragma unroll
       for (int pair = 0; pair < 4; ++pair) {
-        const float low = ptx::low_half(q_pairs[pair]), high = ptx::high_half(q_pairs[pair]);
-        minima += low * ptx::low_half(m_pairs[pair]) + high * ptx::high_half(m_pairs[pair]);
-        folded[chunk][pair * 2] = low * ptx::low_half(s_pairs[pair]);
-        folded[chunk][pair * 2 + 1] = high * ptx::high_half(s_pairs[pair]);
-        largest[pair] = fmaxf(largest[pair], fmaxf(fabsf(folded[chunk][pair * 2]),
-                                                   fabsf(folded[chunk][pair * 2 + 1])));
+        minimum += ptx::low_half(q_pairs[pair]) * ptx::low_half(m_pairs[pair]) +
+                   ptx::high_half(q_pairs[pair]) * ptx::high_half(m_pairs[pair]);
+        of_all = fmaxf(of_all, fmaxf(fabsf(folded[pair * 2]), fabsf(folded[pair * 2 + 1])));
+      }
+      of_all = fmaxf(of_all, __shfl_xor_sync(ptx::kFullWarp, of_all, 1));
+      of_all = fmaxf(of_all, __shfl_xor_sync(ptx::kFullWarp, of_all, 2));
+      minimum += __shfl_xor_sync(ptx::kFullWarp, minimum, 1);
+      minimum += __shfl_xor_sync(ptx::kFullWarp, minimum, 2);
+      if (i == 0) {
+        largest[chunk * kMaxGroup + head] = of_all;
+        minima[chunk * kMaxGroup + head] = minimum;
       }
     }
-    const float log2_scale = params.scale * 1.44269504088896f;
-    float factor[4], of_all = 0;
+    __syncthreads();
+#pragma unroll 1
+    for (int chunk = warp; chunk < kChunks; chunk += kWarps) {  // again: kept, it would spill
+      uint32_t q_pairs[4], rounded[4];
+      float folded[8], sum = 0;
+      load_folded(chunk, q_pairs, folded);
+      const float norm = used ? __int_as_float(norm_field(largest, head) << 23) : 0.0f;
 #pragma unroll
-    for (int pair = 0; pair < 4; ++pair) {
-      factor[pair] = log2_scale * key_inverse_factor(bits, pair >> 1, pair & 1);
-      of_all = fmaxf(of_all, largest[pair] * fabsf(factor[pair]));
-    }
-    of_all = fmaxf(of_all, __shfl_xor_sync(ptx::kFullWarp, of_all, 1));
-    of_all = fmaxf(of_all, __shfl_xor_sync(ptx::kFullWarp, of_all, 2));
-
-    // norm = 2^k such that the largest operand is in [512, 1024): its exponent field is 127 + 9.
-    const int field = __float_as_int(of_all) >> 23;
-    const int norm_field = of_all > 0 ? min(max(127 + 127 + 9 - field, 1), 253) : 127;
-    const float norm = used ? __int_as_float(norm_field << 23) : 0.0f;
-
-    float sum = 0;
-#pragma unroll
-    for (int pair = 0; pair < 4; ++pair) {
-      factor[pair] *= norm;
-#pragma unroll
-      for (int chunk = 0; chunk < kHeadDim / 32; ++chunk) {
-        const uint32_t rounded = ptx::pack_half2(folded[chunk][pair * 2] * factor[pair],
-                                                 folded[chunk][pair * 2 + 1] * factor[pair]);
-        b[chunk * 2 + pair / 2][pair % 2] = rounded;
-        sum += ptx::low_half(rounded) + ptx::high_half(rounded);
+      for (int pair = 0; pair < 4; ++pair) {
+        rounded[pair] = ptx::pack_half2(folded[pair * 2] * norm, folded[pair * 2 + 1] * norm);
+        sum += ptx::low_half(rounded[pair]) + ptx::high_half(rounded[pair]);
+      }
+      words_[chunk * kWarpLanes + lane] = {rounded[0], rounded[1], rounded[2], rounded[3]};
+      sum += __shfl_xor_sync(ptx::kFullWarp, sum, 1);
+      sum += __shfl_xor_sync(ptx::kFullWarp, sum, 2);
+      if (i == 0) {
+        sums[chunk * kMaxGroup + head] = sum;
       }
     }
-    // The offset comes from the rounded operand, so it cancels exactly.
-    float begin = minima * log2_scale * norm;
-    if (bits != kHalfBits) {
-      begin -= kKeyOffset * sum;
-    }
-    begin += __shfl_xor_sync(ptx::kFullWarp, begin, 1);
-    begin += __shfl_xor_sync(ptx::kFullWarp, begin, 2);
-
-    const float inverse = __int_as_float((254 - norm_field) << 23);
+    __syncthreads();
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const int source = ((lane & 3) * 2 + e) * 4;  // a lane that holds head 2i + e
-      start[e] = __shfl_sync(ptx::kFullWarp, begin, source);
-      inverse_norm[e] = __shfl_sync(ptx::kFullWarp, inverse, source);
+      const int of = i * 2 + e, field = norm_field(largest, of);
+      float minimum = 0, sum = 0;
+      for (int chunk = 0; chunk < kChunks; ++chunk) {
+        minimum += minima[chunk * kMaxGroup + of];
+        sum += sums[chunk * kMaxGroup + of];
+      }
+      // The offset comes from the rounded operand, so it cancels exactly.
+      const float offset = bits == kHalfBits ? 0.0f : kKeyOffset * sum;
+      start[e] = of < group ? minimum * log2_scale * __int_as_float(field << 23) - offset : 0.0f;
+      inverse_norm[e] = __int_as_float((254 - field) << 23);
     }
   }
+
+ private:
+  // norm = 2^k such that the largest operand is in [512, 1024): its exponent field is 127 + 9.
+  __device__ __forceinline__ static int norm_field(const float* largest, int head) {
+    float of_all = 0;
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      of_all = fmaxf(of_all, largest[chunk * kMaxGroup + head]);
+    }
+    const int field = __float_as_int(of_all) >> 23;
+    return of_all > 0 ? min(max(127 + 127 + 9 - field, 1), 253) : 127;
+  }
+
+  uint4* words_;
+  float* stats_;  // two sets: warps that are ahead write one while others still read the other
+  int turn_ = 0;  // floats to the set at hand
 };
 
 template <int kHeadDim>
@@ -249,16 +284,16 @@ struct RowState {
     }
     switch (key_bits) {
       case 2:
-        multiply_keys<kHeadDim, 2>(tile, lane, q.b, s);
+        multiply_keys<kHeadDim, 2>(tile, lane, q.column(lane), s);
         break;
       case 3:
-        multiply_keys<kHeadDim, 3>(tile, lane, q.b, s);
+        multiply_keys<kHeadDim, 3>(tile, lane, q.column(lane), s);
         break;
       case 4:
-        multiply_keys<kHeadDim, 4>(tile, lane, q.b, s);
+        multiply_keys<kHeadDim, 4>(tile, lane, q.column(lane), s);
         break;
       default:
-        multiply_keys<kHeadDim, 8>(tile, lane, q.b, s);
+        multiply_keys<kHeadDim, 8>(tile, lane, q.column(lane), s);
         break;
     }
     softmax(s, q, tokens, lane);
@@ -314,10 +349,9 @@ struct RowState {
       for (int chunk = 0; chunk < kHeadDim / 32; ++chunk) {
         const uint4 upper = row(k, block * 16 + g, chunk * 32 + i * 8);
         const uint4 lower = row(k, block * 16 + g + 8, chunk * 32 + i * 8);
-        ptx::mma_16x8x16(part, {upper.x, lower.x, upper.y, lower.y}, q.b[2 * chunk][0],
-                         q.b[2 * chunk][1]);
-        ptx::mma_16x8x16(part, {upper.z, lower.z, upper.w, lower.w}, q.b[2 * chunk + 1][0],
-                         q.b[2 * chunk + 1][1]);
+        const uint4 b = q.column(lane)[chunk * kWarpLanes];
+        ptx::mma_16x8x16(part, {upper.x, lower.x, upper.y, lower.y}, b.x, b.y);
+        ptx::mma_16x8x16(part, {upper.z, lower.z, upper.w, lower.w}, b.z, b.w);
       }
 #pragma unroll
       for (int n = 0; n < 4; ++n) {

@@ -110,9 +110,9 @@ TEST_F(DecodeTest, BatchesOfUnequalLengths) {
   DecodeCase c;
   c.class_tokens = {mixed(3), mixed(2000), mixed(0), mixed(129), mixed(64), mixed(777)};
   c.tail = {128, 0, 5, 33, 64, 1};
-  for (const int max_blocks : {0, 1, 3, 50}) {
-    SCOPED_TRACE(max_blocks);
-    c.max_blocks = max_blocks;
+  for (const int resident_blocks : {0, 1, 3, 50}) {
+    SCOPED_TRACE(resident_blocks);
+    c.resident_blocks = resident_blocks;
     check(c);
   }
 }
@@ -138,9 +138,9 @@ TEST_F(DecodeTest, LongRowsInFewBlocks) {
 #else
   c.class_tokens = {mixed(40'000)};
 #endif
-  for (const int max_blocks : {1, 2, 132}) {
-    SCOPED_TRACE(max_blocks);
-    c.max_blocks = max_blocks;
+  for (const int resident_blocks : {1, 2, 132}) {
+    SCOPED_TRACE(resident_blocks);
+    c.resident_blocks = resident_blocks;
     check(c);
   }
 }

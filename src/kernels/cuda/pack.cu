@@ -18,8 +18,9 @@
 namespace zipcache::cuda {
 namespace {
 
-constexpr int kSlabSlots = 128;
-constexpr int kRangeThreads = 128;
+constexpr int kSlabSlots = 512;
+constexpr int kRangeThreads = 256;
+constexpr int kMaxHeadDim = 256;
 constexpr int kPackWarps = 4;
 constexpr float kLargestHalf = 65504.0f;
 
@@ -60,13 +61,21 @@ __device__ __forceinline__ uint32_t* value_extremes(const PackParams& p, int hea
          static_cast<int64_t>(head) * p.head_dim;
 }
 
-// Threads: (head_dim / 8) column groups x rows of the block; each thread has 8 channels.
+// Threads: (head_dim / 8) column groups x rows of the block; each thread has 8 channels. The block
+// meets in shared memory first: one atomic per channel and block on global memory.
 __global__ void __launch_bounds__(kRangeThreads) find_ranges(const __grid_constant__ PackParams p) {
+  // [n_key_sets][2][head_dim], then [head_dim]; as in the workspace, of this head.
+  __shared__ uint32_t extremes[(2 * kMaxKeySets + 1) * kMaxHeadDim];
   const int head = blockIdx.y;
   const int columns = p.head_dim / 8;
   const int column = threadIdx.x % columns, row = threadIdx.x / columns,
             rows = kRangeThreads / columns;
   const int begin = blockIdx.x * kSlabSlots, end = min(begin + kSlabSlots, p.n_tokens);
+  const int n_key_words = p.n_key_sets * 2 * p.head_dim;
+  for (int n = threadIdx.x; n < n_key_words + p.head_dim; n += kRangeThreads) {
+    extremes[n] = 0;
+  }
+  __syncthreads();
 
   float high[8], negative_low[8], magnitude[8];
   int set = -1;
@@ -77,7 +86,7 @@ __global__ void __launch_bounds__(kRangeThreads) find_ranges(const __grid_consta
   };
   const auto flush = [&] {
     if (set >= 0) {
-      uint32_t* to = key_extremes(p, head, set) + column * 8;
+      uint32_t* to = extremes + set * 2 * p.head_dim + column * 8;
       for (int c = 0; c < 8; ++c) {
         atomicMax(to + c, ordered(high[c]));
         atomicMax(to + p.head_dim + c, ordered(negative_low[c]));
@@ -89,32 +98,49 @@ __global__ void __launch_bounds__(kRangeThreads) find_ranges(const __grid_consta
   for (int c = 0; c < 8; ++c) {
     magnitude[c] = 0;
   }
-  for (int slot = begin + row; slot < end; slot += rows) {
-    const int slot_set = p.key_set[class_of_slot(p, slot)];
-    if (slot_set != set) {
-      flush();
-      set = slot_set;
-    }
-    const int64_t at =
-        token_of_slot(p, head, slot) * p.token_stride + head * p.head_dim + column * 8;
-    const uint4 k = __ldg(reinterpret_cast<const uint4*>(p.k + at));
-    const uint4 v = __ldg(reinterpret_cast<const uint4*>(p.v + at));
-    const uint32_t keys[4] = {k.x, k.y, k.z, k.w}, values[4] = {v.x, v.y, v.z, v.w};
+  constexpr int kBatch = 4;  // slots whose loads are under way together
+  for (int first = begin + row; first < end; first += rows * kBatch) {
+    uint4 k[kBatch], v[kBatch];
 #pragma unroll
-    for (int c = 0; c < 8; ++c) {
-      const float key =
-          finite(c % 2 == 0 ? ptx::low_half(keys[c / 2]) : ptx::high_half(keys[c / 2]));
-      const float value =
-          finite(c % 2 == 0 ? ptx::low_half(values[c / 2]) : ptx::high_half(values[c / 2]));
-      high[c] = fmaxf(high[c], key);
-      negative_low[c] = fmaxf(negative_low[c], -key);
-      magnitude[c] = fmaxf(magnitude[c], fabsf(value));
+    for (int n = 0; n < kBatch; ++n) {
+      const int slot = min(first + n * rows, end - 1);  // twice the last: no other maximum
+      const int64_t at =
+          token_of_slot(p, head, slot) * p.token_stride + head * p.head_dim + column * 8;
+      k[n] = __ldg(reinterpret_cast<const uint4*>(p.k + at));
+      v[n] = __ldg(reinterpret_cast<const uint4*>(p.v + at));
+    }
+#pragma unroll
+    for (int n = 0; n < kBatch; ++n) {
+      const int slot_set = p.key_set[class_of_slot(p, min(first + n * rows, end - 1))];
+      if (slot_set != set) {
+        flush();
+        set = slot_set;
+      }
+      const uint32_t keys[4] = {k[n].x, k[n].y, k[n].z, k[n].w},
+                     values[4] = {v[n].x, v[n].y, v[n].z, v[n].w};
+#pragma unroll
+      for (int c = 0; c < 8; ++c) {
+        const float key =
+            finite(c % 2 == 0 ? ptx::low_half(keys[c / 2]) : ptx::high_half(keys[c / 2]));
+        const float value =
+            finite(c % 2 == 0 ? ptx::low_half(values[c / 2]) : ptx::high_half(values[c / 2]));
+        high[c] = fmaxf(high[c], key);
+        negative_low[c] = fmaxf(negative_low[c], -key);
+        magnitude[c] = fmaxf(magnitude[c], fabsf(value));
+      }
     }
   }
   flush();
-  if (!p.keep_factors) {
-    for (int c = 0; c < 8; ++c) {
-      atomicMax(value_extremes(p, head) + column * 8 + c, ordered(magnitude[c]));
+  for (int c = 0; c < 8; ++c) {
+    atomicMax(extremes + n_key_words + column * 8 + c, ordered(magnitude[c]));
+  }
+  __syncthreads();
+  const int n_words = n_key_words + (p.keep_factors ? 0 : p.head_dim);
+  for (int n = threadIdx.x; n < n_words; n += kRangeThreads) {
+    if (extremes[n] != 0) {
+      atomicMax(n < n_key_words ? key_extremes(p, head, 0) + n
+                                : value_extremes(p, head) + n - n_key_words,
+                extremes[n]);
     }
   }
 }

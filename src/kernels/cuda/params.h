@@ -10,18 +10,29 @@ namespace zipcache::cuda {
 
 using HalfBits = std::uint16_t;  // fp16, kept as its bits
 
-// A run of pages of one row (sequence, KV head) for one block of threads. Made by plan_decode().
-struct WorkItem {
+// A run of pages of one row (sequence, KV head), class and scale set, all but the last page full:
+// what a block of threads streams at a time. Made by plan_decode().
+inline constexpr int kItemPages = 12;
+struct alignas(128) WorkItem {
   std::int32_t row = 0;
   std::int32_t first_page = 0;  // index into DecodeParams::pages
   std::int32_t n_pages = 0;
-  std::int32_t with_tail = 0;      // 1: the row's fp16 tail too
-  std::int32_t next = -1;          // the block's next item, -1 = none
-  std::int32_t partial = 0;        // this item's slot among all partial results
+  std::int32_t next = -1;  // the block's next item, -1 = none
+  std::int32_t set = 0;    // scale set: index into DecodeParams::key_sets
+  std::uint32_t bits = 0;  // of keys, of values << 8; kItem... flags << 16
+  std::int32_t n_tokens = 0;
   std::int32_t first_partial = 0;  // slots of the row: [first_partial, first_partial + n_partials)
-  std::int32_t n_partials = 0;     // 1: the item is the whole row and writes the result itself
+  std::int32_t n_partials = 0;     // 1: the block has the whole row and writes the result itself
+  std::int32_t partial = 0;        // the block's slot
+  // The first pages again: they come with the item, in one trip to memory less.
+  struct Page {
+    std::uint32_t unit = 0;
+  } pages[kItemPages];
+  std::int32_t unused[10] = {};
 };
-static_assert(sizeof(WorkItem) == 32);
+inline constexpr std::uint32_t kItemEndsPart = 1u << 16;  // the block's last of this row
+inline constexpr std::uint32_t kItemWithTail = 2u << 16;  // the row's fp16 tail follows
+static_assert(sizeof(WorkItem) == 128);
 
 // Attention of one query token per sequence. Row r = sequence * n_kv_heads + kv_head.
 struct DecodeParams {
@@ -35,13 +46,10 @@ struct DecodeParams {
   float* out = nullptr;         // [n_sequences, n_heads, head_dim]
   float* lse = nullptr;         // [n_sequences, n_heads], base 2; may be nullptr
 
-  std::int32_t n_classes = 0;
-  PageClass classes[kMaxClasses];
-  const std::uint8_t* pool = nullptr;      // 128-byte aligned
-  const PageEntry* pages = nullptr;        // [all pages of all rows]
-  const HalfBits* key_sets = nullptr;      // [sets, 2, head_dim]: scale, min
-  const std::int32_t* set_base = nullptr;  // [rows]: the row's first set
-  const float* value_factors = nullptr;    // [rows, head_dim]
+  const std::uint8_t* pool = nullptr;    // 128-byte aligned
+  const PageEntry* pages = nullptr;      // [all pages of all rows]
+  const HalfBits* key_sets = nullptr;    // [sets, 2, head_dim]: scale, min
+  const float* value_factors = nullptr;  // [rows, head_dim]
 
   const HalfBits* tail_k = nullptr;           // [rows, kTailTokens, head_dim]; may be nullptr
   const HalfBits* tail_v = nullptr;           // same shape
@@ -52,6 +60,8 @@ struct DecodeParams {
   float* partials = nullptr;         // [n_partials, group, head_dim + 2]
   std::uint32_t* tickets = nullptr;  // [rows], zero; left zero
 };
+
+inline constexpr int kMaxKeySets = 4;
 
 // Quantizes tokens of one sequence into pages. Slots are tokens in class order: first those of page
 // class 0, and so on; every head has the same counts. Pages of a class start on a fresh page.
@@ -68,7 +78,7 @@ struct PackParams {
   PageClass classes[kMaxClasses];
   std::int32_t class_tokens[kMaxClasses] = {};
   std::int32_t key_set[kMaxClasses] = {};  // class -> scale set of the row (0..n_key_sets-1)
-  std::int32_t n_key_sets = 0;             // <= 4
+  std::int32_t n_key_sets = 0;             // <= kMaxKeySets
   float key_clip[kMaxClasses] = {};        // per class: its range shrunk to this fraction
   float value_clip[kMaxClasses] = {};
   bool keep_factors = false;  // value_factors are given (a later segment), not computed

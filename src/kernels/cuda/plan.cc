@@ -1,139 +1,242 @@
 #include "kernels/cuda/plan.h"
 
 #include <algorithm>
+#include <cmath>
+#include <numeric>
 
 #include "base/check.h"
 
 namespace zipcache::cuda {
 namespace {
 
-// Items of the blocks, in the order of the blocks and, in a block, of the rows.
-struct BlockItem {
-  int block = 0;
-  WorkItem item;
+// Pages [begin, end) of a row.
+struct Piece {
+  int row = 0, begin = 0, end = 0;
 };
+using Block = std::vector<Piece>;
 
 class Planner {
  public:
   explicit Planner(const PlanInput& input) : input_(input) {
-    std::int64_t total = 0;
     for (int row = 0; row < n_rows(); ++row) {
-      total += row_bytes(row);
+      total_ += row_cost(row);
     }
     n_blocks_ = static_cast<int>(
-        std::clamp<std::int64_t>(total / input.min_block_bytes, 1, input.max_blocks));
-    total_bytes_ = total;
+        std::clamp<std::int64_t>(total_ / input.min_block_bytes, 1, input.resident_blocks));
   }
 
   DecodePlan plan() {
-    for (int row = 0; row < n_rows(); ++row) {
-      cut_row(row);
-    }
-    return lay_out();
+    std::vector<Block> line = cut_line(), rows = cut_rows();
+    // A few percent more in the longest block cost less than parts of two rows in many.
+    std::vector<Block>& best = longest(rows) * 20 <= longest(line) * 21 ? rows : line;
+    mix(best);
+    return lay_out(best);
   }
 
  private:
   int n_rows() const { return static_cast<int>(input_.row_begin.size()) - 1; }
-  std::int64_t page_weight(int page) const {
-    const PageClass cls = input_.classes[input_.pages[page].cls];
-    return page_bytes(input_.head_dim, cls.key_bits, cls.value_bits);
+  PageClass class_of(int page) const { return input_.classes[input_.pages[page].cls]; }
+  std::int64_t page_cost(int page) const {
+    const PageClass cls = class_of(page);
+    return page_bytes(input_.head_dim, cls.key_bits, cls.value_bits) +
+           std::int64_t{kTilesPerPage} * input_.tile_bytes;
   }
-  std::int64_t tail_weight() const {
+  std::int64_t tail_cost() const {
     return input_.with_tail ? std::int64_t{input_.tail_tokens} * input_.head_dim * 4 : 0;
   }
-  std::int64_t row_bytes(int row) const {
-    std::int64_t bytes = input_.item_bytes + tail_weight();
-    for (int page = input_.row_begin[row]; page < input_.row_begin[row + 1]; ++page) {
-      bytes += page_weight(page);
+  std::int64_t piece_cost(const Piece& piece) const {
+    std::int64_t cost = input_.part_bytes;
+    for (int page = piece.begin; page < piece.end; ++page) {
+      cost += page_cost(page);
     }
-    return bytes;
+    return cost + (piece.end == input_.row_begin[piece.row + 1] ? tail_cost() : 0);
   }
-  // Where block `block` ends on the line of all bytes.
-  std::int64_t block_end(int block) const { return total_bytes_ * (block + 1) / n_blocks_; }
-
-  // Appends one item per block that the row reaches into. A page belongs to the block that holds
-  // its middle; the tail to the row's last item.
-  void cut_row(int row) {
-    const std::size_t first_item = items_.size();
-    position_ += input_.item_bytes;
-    int begin = input_.row_begin[row];
-    const int end = input_.row_begin[row + 1];
-    while (block_ + 1 < n_blocks_ && position_ > block_end(block_)) {
-      ++block_;
+  std::int64_t row_cost(int row) const {
+    return piece_cost({row, input_.row_begin[row], input_.row_begin[row + 1]});
+  }
+  // What the device's slots wait for at the end, if they start together.
+  std::int64_t longest(const std::vector<Block>& blocks) const {
+    std::int64_t most = 0;
+    for (const Block& block : blocks) {
+      std::int64_t cost = 0;
+      for (const Piece& piece : block) {
+        cost += piece_cost(piece);
+      }
+      most = std::max(most, cost);
     }
-    for (int page = begin; page < end; ++page) {
-      const std::int64_t weight = page_weight(page);
-      if (block_ + 1 < n_blocks_ && position_ + weight / 2 > block_end(block_)) {
-        if (page > begin) {
-          add_item(row, begin, page - begin);
-          begin = page;
+    const auto waves = static_cast<std::int64_t>((blocks.size() + input_.resident_blocks - 1) /
+                                                 input_.resident_blocks);
+    return most * waves;
+  }
+
+  // Equal cuts of the line of all rows. A page belongs to the block that holds its middle.
+  std::vector<Block> cut_line() const {
+    std::vector<Block> blocks(n_blocks_);
+    std::int64_t position = 0;
+    int block = 0;
+    const auto advance_to = [&](std::int64_t at) {
+      while (block + 1 < n_blocks_ && at * n_blocks_ > total_ * (block + 1)) {
+        ++block;
+      }
+    };
+    for (int row = 0; row < n_rows(); ++row) {
+      position += input_.part_bytes;
+      advance_to(position);
+      Piece piece{row, input_.row_begin[row], input_.row_begin[row]};
+      for (; piece.end < input_.row_begin[row + 1]; ++piece.end) {
+        const std::int64_t cost = page_cost(piece.end);
+        const int before = block;
+        advance_to(position + cost / 2);
+        if (block != before && piece.end > piece.begin) {
+          blocks[before].push_back(piece);
+          piece.begin = piece.end;
         }
-        while (block_ + 1 < n_blocks_ && position_ + weight / 2 > block_end(block_)) {
-          ++block_;
+        position += cost;
+      }
+      blocks[block].push_back(piece);
+      position += tail_cost();
+    }
+    return blocks;
+  }
+
+  // Long rows in equal pieces of about a block's share, short rows whole.
+  std::vector<Block> cut_rows() const {
+    const double share = static_cast<double>(total_) / n_blocks_;
+    std::vector<Block> blocks;
+    double filled = share;  // of the block that takes short rows
+    for (int row = 0; row < n_rows(); ++row) {
+      const auto cost = static_cast<double>(row_cost(row));
+      const int end = input_.row_begin[row + 1];
+      const int n_pieces =
+          std::min(static_cast<int>(cost / share + 0.25), end - input_.row_begin[row]);
+      if (n_pieces <= 1) {
+        if (filled + cost / 2 > share || cost > share) {
+          blocks.emplace_back();
+          filled = 0;
+        }
+        blocks.back().push_back({row, input_.row_begin[row], end});
+        filled += cost;
+        continue;
+      }
+      filled = share;
+      Piece piece{row, input_.row_begin[row], input_.row_begin[row]};
+      const double pages = cost - input_.part_bytes;
+      double position = 0;
+      for (int n = 1; n <= n_pieces; ++n) {
+        while (piece.end < end &&
+               (n == n_pieces || position + page_cost(piece.end) / 2.0 <= pages * n / n_pieces)) {
+          position += static_cast<double>(page_cost(piece.end++));
+        }
+        if (piece.end > piece.begin) {
+          blocks.push_back({piece});
+          piece.begin = piece.end;
         }
       }
-      position_ += weight;
     }
-    add_item(row, begin, end - begin);
-    items_.back().item.with_tail = input_.with_tail ? 1 : 0;
-    position_ += tail_weight();
-
-    const int n_parts = static_cast<int>(items_.size() - first_item);
-    for (std::size_t at = first_item; at < items_.size(); ++at) {
-      WorkItem& item = items_[at].item;
-      item.n_partials = n_parts;
-      item.first_partial = n_partials_;
-      item.partial = n_partials_ + static_cast<int>(at - first_item);
-    }
-    if (n_parts > 1) {
-      n_partials_ += n_parts;
-    }
+    return blocks;
   }
 
-  void add_item(int row, int first_page, int n_pages) {
-    WorkItem item;
-    item.row = row;
-    item.first_page = first_page;
-    item.n_pages = n_pages;
-    items_.push_back({block_, item});
+  // Blocks b and b + half of them share an SM: the widest codes, which wait for memory, meet the
+  // narrowest, which wait for arithmetic.
+  void mix(std::vector<Block>& blocks) const {
+    std::erase_if(blocks, [](const Block& block) { return block.empty(); });
+    const auto bits_per_tile = [&](const Block& block) {
+      std::int64_t bits = 0, pages = 0;
+      for (const Piece& piece : block) {
+        for (int page = piece.begin; page < piece.end; ++page) {
+          bits += class_of(page).key_bits + class_of(page).value_bits;
+        }
+        pages += piece.end - piece.begin;
+      }
+      return pages > 0 ? static_cast<double>(bits) / static_cast<double>(pages) : 0.0;
+    };
+    std::ranges::stable_sort(blocks, std::greater(), bits_per_tile);
+    std::reverse(blocks.begin() + (blocks.size() + 1) / 2, blocks.end());
+  }
+
+  // A piece as items of one class and set each, all pages but the last full.
+  std::vector<WorkItem> items_of(const Piece& piece) const {
+    std::vector<WorkItem> items;
+    int page = piece.begin;
+    do {
+      WorkItem item;
+      item.row = piece.row;
+      item.first_page = page;
+      if (page < piece.end) {
+        const PageEntry first = input_.pages[page];
+        item.set = input_.set_base[piece.row] + first.set;
+        item.bits = class_of(page).key_bits | class_of(page).value_bits << 8;
+        bool full = true;
+        while (page < piece.end && full && input_.pages[page].set == first.set &&
+               input_.pages[page].cls == first.cls) {
+          const PageEntry entry = input_.pages[page++];
+          if (item.n_pages < kItemPages) {
+            item.pages[item.n_pages].unit = entry.unit;
+          }
+          ++item.n_pages;
+          item.n_tokens += entry.tokens;
+          full = entry.tokens == kPageTokens;
+        }
+      }
+      items.push_back(item);
+    } while (page < piece.end);
+    items.back().bits |= kItemEndsPart;
+    if (piece.end == input_.row_begin[piece.row + 1] && input_.with_tail) {
+      items.back().bits |= kItemWithTail;
+    }
+    return items;
   }
 
   // The first item of block b becomes items[b]; the others follow behind and are chained.
-  DecodePlan lay_out() const {
-    DecodePlan plan;
-    plan.n_partials = n_partials_;
-    plan.n_blocks = n_blocks_;
-    plan.items.resize(n_blocks_);
-    for (WorkItem& item : plan.items) {
-      item.row = -1;
-    }
-    std::vector<std::int32_t> last(n_blocks_, -1);  // where the block's latest item lies
-    for (const BlockItem& from : items_) {
-      std::int32_t at = from.block;
-      if (last[from.block] >= 0) {
-        at = static_cast<std::int32_t>(plan.items.size());
-        plan.items.emplace_back();
-        plan.items[last[from.block]].next = at;
+  DecodePlan lay_out(const std::vector<Block>& blocks) const {
+    std::vector<std::int32_t> n_parts(n_rows()), next_partial(n_rows());
+    for (const Block& block : blocks) {
+      for (const Piece& piece : block) {
+        ++n_parts[piece.row];
       }
-      plan.items[at] = from.item;
-      last[from.block] = at;
+    }
+    DecodePlan plan;
+    for (int row = 0; row < n_rows(); ++row) {
+      next_partial[row] = plan.n_partials;
+      plan.n_partials += n_parts[row] > 1 ? n_parts[row] : 0;
+    }
+    const std::vector<std::int32_t> first_partial = next_partial;
+    plan.n_blocks = static_cast<int>(blocks.size());
+    plan.items.resize(blocks.size());
+    for (std::size_t block = 0; block < blocks.size(); ++block) {
+      std::size_t last = 0;
+      bool first = true;
+      for (const Piece& piece : blocks[block]) {
+        const std::int32_t partial = next_partial[piece.row]++;
+        for (WorkItem& item : items_of(piece)) {
+          item.partial = partial;
+          item.first_partial = first_partial[piece.row];
+          item.n_partials = n_parts[piece.row];
+          const std::size_t at = first ? block : plan.items.size();
+          if (!first) {
+            plan.items.emplace_back();
+            plan.items[last].next = static_cast<std::int32_t>(at);
+          }
+          item.next = -1;
+          plan.items[at] = item;
+          last = at;
+          first = false;
+        }
+      }
     }
     return plan;
   }
 
   const PlanInput& input_;
-  std::int64_t total_bytes_ = 0;
+  std::int64_t total_ = 0;
   int n_blocks_ = 1;
-  std::int64_t position_ = 0;
-  int block_ = 0;
-  std::vector<BlockItem> items_;
-  int n_partials_ = 0;
 };
 
 }  // namespace
 
 DecodePlan plan_decode(const PlanInput& input) {
-  ZC_CHECK(input.row_begin.size() >= 2 && input.max_blocks > 0 && input.min_block_bytes > 0);
+  ZC_CHECK(input.row_begin.size() >= 2 && input.set_base.size() + 1 == input.row_begin.size());
+  ZC_CHECK(input.resident_blocks > 0 && input.min_block_bytes > 0);
   return Planner(input).plan();
 }
 

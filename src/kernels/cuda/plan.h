@@ -1,6 +1,8 @@
-// How decode attention is cut among blocks of threads: all rows' pages in one line, weighted by
-// their bytes, cut into equal pieces at page borders. Pure host code; a plan holds until a page
-// list changes (the length of the fp16 tails is read by the kernel).
+// How decode attention is cut among blocks of threads that all run at once: rows' pages weighted by
+// their cost, cut at page borders, either as equal pieces of the line of all rows or, where that
+// leaves no block more to do, with rows in equal pieces or whole (a part of a row costs a start and
+// a merge). A block's piece becomes items of one row, class and scale set each. Pure host code; a
+// plan holds until a page list changes (the length of the fp16 tails is read by the kernel).
 #pragma once
 
 #include <cstdint>
@@ -16,12 +18,15 @@ struct PlanInput {
   std::span<const PageClass> classes;
   std::span<const PageEntry> pages;         // of all rows, row after row
   std::span<const std::int32_t> row_begin;  // rows + 1: first page of each row
+  std::span<const std::int32_t> set_base;   // rows: first scale set of each row
   bool with_tail = true;
   int tail_tokens = kTailTokens / 2;  // what to expect, on average
-  int max_blocks = 0;                 // > 0
-  // A block costs this much however little it reads: start, merge, one more partial result.
-  int item_bytes = 8 << 10;
-  int min_block_bytes = 24 << 10;  // below this, more blocks are no faster
+  int resident_blocks = 0;            // > 0; blocks that run at once
+  // A tile costs this much more than its bytes: narrow codes wait for arithmetic.
+  int tile_bytes = 1536;
+  // A block's part of a row costs this much however little it reads: start, merge, partial result.
+  int part_bytes = 48 << 10;
+  int min_block_bytes = 80 << 10;  // of cost; below this, more blocks are no faster
 };
 
 struct DecodePlan {
@@ -30,7 +35,7 @@ struct DecodePlan {
   int n_partials = 0;  // slots of DecodeParams::partials
 };
 
-// REQUIRES: row_begin has at least one row; classes of all pages exist.
+// REQUIRES: at least one row; row_begin and set_base of their sizes; classes of all pages exist.
 DecodePlan plan_decode(const PlanInput& input);
 
 }  // namespace zipcache::cuda

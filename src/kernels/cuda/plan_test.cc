@@ -3,41 +3,46 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <numeric>
 #include <set>
 
 namespace zipcache::cuda {
 namespace {
 
-// Rows of `pages` pages each: the first part of class 0 (4 bits), the rest of class 1 (2 bits).
+// Rows of so many pages each: the first part of class 0 (4 bits), the rest of class 1 (2 bits).
 struct Lists {
   std::vector<PageClass> classes{{4, 4}, {2, 2}};
   std::vector<PageEntry> pages;
-  std::vector<std::int32_t> row_begin{0};
+  std::vector<std::int32_t> row_begin{0}, set_base;
 
   explicit Lists(const std::vector<int>& rows) {
     for (const int n : rows) {
+      set_base.push_back(static_cast<std::int32_t>(2 * set_base.size()));
       for (int page = 0; page < n; ++page) {
         PageEntry entry;
-        entry.tokens = kPageTokens;
-        entry.cls = page < n * 6 / 10 ? 0 : 1;
+        entry.unit = static_cast<std::uint32_t>(1000 + pages.size());
+        entry.cls = entry.set = page < n * 6 / 10 ? 0 : 1;
+        const bool last_of_class = page + 1 == n || page + 1 == n * 6 / 10;
+        entry.tokens = last_of_class ? 17 : kPageTokens;
         pages.push_back(entry);
       }
       row_begin.push_back(static_cast<std::int32_t>(pages.size()));
     }
   }
-  PlanInput input(int max_blocks) const {
+  PlanInput input(int resident_blocks) const {
     PlanInput in;
     in.head_dim = 128;
     in.classes = classes;
     in.pages = pages;
     in.row_begin = row_begin;
-    in.max_blocks = max_blocks;
+    in.set_base = set_base;
+    in.resident_blocks = resident_blocks;
     return in;
   }
 };
 
-// Every page exactly once, tails once per row, consistent slots, blocks that hold one row only
-// once.
+// Every page exactly once, of one class and set per item, full up to the last; tails once per row,
+// consistent slots, a block has a row only once.
 void check(const Lists& lists, const DecodePlan& plan) {
   const int n_rows = static_cast<int>(lists.row_begin.size()) - 1;
   std::vector<int> seen(lists.pages.size()), tails(n_rows), parts(n_rows), announced(n_rows);
@@ -45,29 +50,37 @@ void check(const Lists& lists, const DecodePlan& plan) {
   std::set<int> visited;
   for (int block = 0; block < plan.n_blocks; ++block) {
     std::set<int> rows;
+    bool inside = false;
     for (int at = block; at >= 0; at = plan.items[at].next) {
       const WorkItem& item = plan.items[at];
       ASSERT_TRUE(visited.insert(at).second);
-      if (item.row < 0) {
-        ASSERT_EQ(item.next, -1);
-        continue;
-      }
-      ASSERT_TRUE(rows.insert(item.row).second);
       ASSERT_GE(item.first_page, lists.row_begin[item.row]);
       ASSERT_LE(item.first_page + item.n_pages, lists.row_begin[item.row + 1]);
+      int n_tokens = 0;
       for (int page = 0; page < item.n_pages; ++page) {
+        const PageEntry& entry = lists.pages[item.first_page + page];
+        ASSERT_EQ(item.set, lists.set_base[item.row] + entry.set);
+        ASSERT_EQ(item.bits & 0xff, lists.classes[entry.cls].key_bits);
+        ASSERT_EQ(item.bits >> 8 & 0xff, lists.classes[entry.cls].value_bits);
+        ASSERT_TRUE(page >= kItemPages || item.pages[page].unit == entry.unit);
+        ASSERT_TRUE(entry.tokens == kPageTokens || page + 1 == item.n_pages);
+        n_tokens += entry.tokens;
         ++seen[item.first_page + page];
       }
-      tails[item.row] += item.with_tail;
-      ++parts[item.row];
+      ASSERT_EQ(item.n_tokens, n_tokens);
+      ASSERT_TRUE(inside ? rows.contains(item.row) : rows.insert(item.row).second);
+      inside = (item.bits & kItemEndsPart) == 0;
+      tails[item.row] += (item.bits & kItemWithTail) != 0;
       announced[item.row] = item.n_partials;
-      if (item.n_partials > 1) {
+      parts[item.row] += !inside;
+      if (item.n_partials > 1 && !inside) {
         ASSERT_TRUE(slots.insert(item.partial).second);
         ASSERT_GE(item.partial, item.first_partial);
         ASSERT_LT(item.partial, item.first_partial + item.n_partials);
         ASSERT_LT(item.partial, plan.n_partials);
       }
     }
+    ASSERT_FALSE(inside);
   }
   EXPECT_EQ(visited.size(), plan.items.size());
   EXPECT_EQ(seen, std::vector<int>(seen.size(), 1));
@@ -80,33 +93,62 @@ TEST(Plan, CoversEverythingOnce) {
   for (const std::vector<int>& rows : {std::vector<int>{0},
                                        {1},
                                        {0, 0, 5},
+                                       {0, 0, 0, 0},
                                        {500, 1, 0, 37},
                                        std::vector<int>(64, 100),
                                        std::vector<int>(8, 512),
                                        {1, 2, 3, 4, 5, 6, 7, 8, 9, 2000}}) {
-    for (const int max_blocks : {1, 2, 7, 132, 528}) {
+    for (const int resident_blocks : {1, 2, 7, 132, 528}) {
       const Lists lists(rows);
-      SCOPED_TRACE(max_blocks);
-      check(lists, plan_decode(lists.input(max_blocks)));
+      SCOPED_TRACE(resident_blocks);
+      PlanInput input = lists.input(resident_blocks);
+      check(lists, plan_decode(input));
+      input.min_block_bytes = input.part_bytes = 1 << 10;  // many blocks, also of small work
+      check(lists, plan_decode(input));
     }
   }
 }
 
-TEST(Plan, BlocksCarryEqualBytes) {
-  const Lists lists(std::vector<int>(64, 512));
-  const DecodePlan plan = plan_decode(lists.input(528));
-  ASSERT_EQ(plan.n_blocks, 528);
-  std::vector<std::int64_t> bytes(plan.n_blocks);
+// Cost of every block, as the planner counts it.
+std::vector<std::int64_t> costs(const PlanInput& input, const DecodePlan& plan) {
+  std::vector<std::int64_t> all(plan.n_blocks);
   for (int block = 0; block < plan.n_blocks; ++block) {
     for (int at = block; at >= 0; at = plan.items[at].next) {
-      for (int page = 0; page < plan.items[at].n_pages; ++page) {
-        const PageClass cls = lists.classes[lists.pages[plan.items[at].first_page + page].cls];
-        bytes[block] += page_bytes(128, cls.key_bits, cls.value_bits);
-      }
+      const std::uint32_t bits = plan.items[at].bits;
+      all[block] += (page_bytes(input.head_dim, bits & 0xff, bits >> 8 & 0xff) +
+                     kTilesPerPage * std::int64_t{input.tile_bytes}) *
+                        plan.items[at].n_pages +
+                    ((bits & kItemEndsPart) != 0 ? input.part_bytes : 0);
     }
   }
-  const auto [low, high] = std::minmax_element(bytes.begin(), bytes.end());
-  EXPECT_LT(*high - *low, 3 * page_bytes(128, 4, 4) + 64 * 512);  // a page each way, one tail
+  return all;
+}
+
+TEST(Plan, LongRowsInWholePieces) {
+  const Lists lists(std::vector<int>(64, 512));
+  const PlanInput input = lists.input(264);
+  const DecodePlan plan = plan_decode(input);
+  EXPECT_EQ(plan.n_blocks, 256);  // 4.1 blocks per row: 4
+  EXPECT_EQ(plan.n_partials, 256);
+  const std::vector<std::int64_t> all = costs(input, plan);
+  const auto [low, high] = std::ranges::minmax_element(all);
+  EXPECT_LT(*high - *low, 4 * page_bytes(128, 4, 4) + 64 * 512);
+}
+
+TEST(Plan, ShortRowsWhole) {
+  const Lists lists(std::vector<int>(512, 64));
+  const DecodePlan plan = plan_decode(lists.input(264));
+  EXPECT_LE(plan.n_blocks, 264);
+  EXPECT_EQ(plan.n_partials, 0);
+}
+
+TEST(Plan, RowsOfOddLengthInEqualCuts) {
+  const Lists lists({4000, 10, 700, 3, 1111});
+  const PlanInput input = lists.input(132);
+  const DecodePlan plan = plan_decode(input);
+  const std::vector<std::int64_t> all = costs(input, plan);
+  const std::int64_t total = std::accumulate(all.begin(), all.end(), std::int64_t{0});
+  EXPECT_LT(*std::ranges::max_element(all), total / plan.n_blocks * 5 / 4);
 }
 
 TEST(Plan, SmallWorkTakesFewBlocks) {

@@ -75,6 +75,22 @@ __device__ __forceinline__ uint4 load_16(const void* from) {
   return v;
 }
 
+// Asks for the line of `from` to come to the L2 cache.
+__device__ __forceinline__ void prefetch(const void* from) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+}
+
+// Adds 1 and returns what was there. What the block wrote before its barrier is visible to the
+// block that sees this addition, and the other way round.
+__device__ __forceinline__ uint32_t take_ticket(uint32_t* counter) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;"
+               : "=r"(before)
+               : "l"(counter)
+               : "memory");
+  return before;
+}
+
 // The shared memory that a launch asked for.
 __device__ __forceinline__ uint8_t* dynamic_shared() {
   extern __shared__ __align__(128) uint8_t zipcache_shared[];

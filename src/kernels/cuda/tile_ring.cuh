@@ -1,5 +1,6 @@
 // How packed tiles reach a warp: each warp owns a ring of slots in shared memory and fills it
-// itself, as many tiles ahead as there are slots. No warp waits for another while it streams.
+// itself, as many tiles ahead as there are slots, across the block's work items. No warp waits for
+// another while it streams.
 //
 // On sm_90 a tile is one bulk copy issued by one lane; before that it is 16-byte asynchronous
 // copies by all lanes. Both arrive at the slot's barrier.
@@ -11,80 +12,22 @@
 
 namespace zipcache::cuda {
 
-__device__ __forceinline__ WorkItem load_item(const DecodeParams& params, int index) {
-  const uint4 low = ptx::load_16(params.items + index);
-  const uint4 high = ptx::load_16(reinterpret_cast<const uint4*>(params.items + index) + 1);
-  return {static_cast<int>(low.x),  static_cast<int>(low.y),  static_cast<int>(low.z),
-          static_cast<int>(low.w),  static_cast<int>(high.x), static_cast<int>(high.y),
-          static_cast<int>(high.z), static_cast<int>(high.w)};
-}
-
-// The block's tiles that belong to one warp, in order: of each item the tiles warp, warp + 4, ...
-// The page entry of the current tile is loaded one step ahead of its use.
-class TileCursor {
- public:
-  __device__ __forceinline__ TileCursor(const DecodeParams& params, int first_item, int warp)
-      : first_page_(0), n_tiles_(0), tile_(0), next_(first_item) {
-    settle(params, warp);
-  }
-
-  __device__ __forceinline__ bool done() const { return tile_ >= n_tiles_; }
-  // Fields of the current PageEntry.
-  __device__ __forceinline__ uint32_t unit() const { return unit_; }
-  __device__ __forceinline__ uint32_t set() const { return info_ & 0xffff; }
-  __device__ __forceinline__ int tokens() const { return info_ >> 16 & 0xff; }
-  __device__ __forceinline__ uint32_t cls() const { return info_ >> 24; }
-  __device__ __forceinline__ int tile_of_page() const { return tile_ % kTilesPerPage; }
-
-  __device__ __forceinline__ void advance(const DecodeParams& params, int warp) {
-    tile_ += kDecodeWarps;
-    settle(params, warp);
-  }
-
- private:
-  __device__ __forceinline__ void settle(const DecodeParams& params, int warp) {
-    while (tile_ >= n_tiles_ && next_ >= 0) {
-      const WorkItem item = load_item(params, next_);
-      first_page_ = item.first_page;
-      n_tiles_ = item.n_pages * kTilesPerPage;
-      next_ = item.next;
-      tile_ = warp;
-    }
-    if (tile_ < n_tiles_) {
-      const uint2 raw =
-          __ldg(reinterpret_cast<const uint2*>(params.pages + first_page_ + tile_ / kTilesPerPage));
-      unit_ = raw.x;
-      info_ = raw.y;
-    }
-  }
-
-  int first_page_;
-  int n_tiles_;
-  int tile_;
-  int next_;
-  uint32_t unit_, info_;
-};
-
-// What a warp must know of the tile in a slot.
-struct TileInfo {
-  int tokens;  // 0..32 of the tile are in use
-  int cls;
-  int set;
-};
-
+// A warp's tiles of an item are the tiles warp, warp + kWarps, ... of its pages.
 template <int kHeadDim>
 class TileRing {
  public:
-  // `control` (kRingControlBytes) and `slots` are this warp's own.
-  __device__ __forceinline__ TileRing(uint8_t* control, uint8_t* slots, int n_slots, int slot_bytes)
-      : control_(ptx::shared_address(control)),
-        info_(reinterpret_cast<uint32_t*>(control + kMaxRingSlots * 8)),
-        slots_(slots),
-        n_slots_(n_slots),
-        slot_bytes_(slot_bytes) {}
+  static constexpr int kWarps = decode_warps(kHeadDim);
 
-  __device__ __forceinline__ void start(const DecodeParams& params, TileCursor& cursor, int warp,
-                                        int lane) {
+  // `control` (kRingControlBytes) and `slots` are this warp's own.
+  __device__ __forceinline__ TileRing(const DecodeParams& params, uint8_t* control, uint8_t* slots,
+                                      const DecodeSharedPlan& plan, int first_item, int warp,
+                                      int lane)
+      : control_(ptx::shared_address(control)),
+        slots_(slots),
+        n_slots_(plan.n_slots),
+        slot_bytes_(plan.slot_bytes),
+        next_item_(first_item),
+        warp_(warp) {
     if (lane == 0) {
       for (int slot = 0; slot < n_slots_; ++slot) {
 #if __CUDA_ARCH__ >= 900
@@ -98,10 +41,10 @@ class TileRing {
 #endif
     }
     __syncwarp();
+    find_tile(params, lane);
     for (int slot = 0; slot < n_slots_; ++slot) {
-      fill(params, cursor, slot, warp, lane);
+      fill(params, slot, lane);
     }
-    __syncwarp();
   }
 
   // The tile at hand; blocks until its bytes are there.
@@ -109,17 +52,11 @@ class TileRing {
     ptx::barrier_wait(barrier(slot_), parity_);
     return slots_ + slot_ * slot_bytes_;
   }
-  __device__ __forceinline__ TileInfo info() const {
-    const uint32_t word = info_[slot_];
-    return {static_cast<int>(word & 0xff), static_cast<int>(word >> 8 & 0xff),
-            static_cast<int>(word >> 16)};
-  }
 
-  // Gives the slot at hand to the next tile of the cursor and moves on.
-  __device__ __forceinline__ void release(const DecodeParams& params, TileCursor& cursor, int warp,
-                                          int lane) {
+  // Gives the slot at hand to the next tile and moves on.
+  __device__ __forceinline__ void release(const DecodeParams& params, int lane) {
     __syncwarp();  // every lane has read the slot
-    fill(params, cursor, slot_, warp, lane);
+    fill(params, slot_, lane);
     if (++slot_ == n_slots_) {
       slot_ = 0;
       parity_ ^= 1;
@@ -127,43 +64,74 @@ class TileRing {
   }
 
  private:
+  static_assert(kWarps % kTilesPerPage == 0);  // all tiles of a warp have one place in their pages
+
   __device__ __forceinline__ uint32_t barrier(int slot) const { return control_ + slot * 8; }
 
-  __device__ __forceinline__ void fill(const DecodeParams& params, TileCursor& cursor, int slot,
-                                       int warp, int lane) {
-    if (cursor.done()) {
+  // Makes next_ a tile that is there, and lets each lane look up one of the 32 from there on.
+  __device__ __forceinline__ void find_tile(const DecodeParams& params, int lane) {
+    while (next_ >= n_tiles_ && next_item_ >= 0) {
+      const WorkItem* item = params.items + next_item_;
+      // Before it is known whether there is such a page: one trip to memory instead of two.
+      unit_ = __ldg(&item->pages[min(page_of(lane), kItemPages - 1)].unit);
+      const uint4 head = ptx::load_16(item);
+      const uint32_t bits = __ldg(&item->bits);
+      next_ = 0;
+      n_tiles_ = (static_cast<int>(head.z) * kTilesPerPage - warp_ + kWarps - 1) / kWarps;
+      first_page_ = static_cast<int>(head.y);
+      next_item_ = static_cast<int>(head.w);
+      tile_bytes_ = tile_bytes(kHeadDim, bits & 0xff, bits >> 8 & 0xff);
+      if (next_item_ >= 0) {
+        ptx::prefetch(params.items + next_item_);
+      }
+    }
+    const int page = page_of(next_ + lane);
+    if (next_ % kWarpLanes == 0 && next_ + lane < n_tiles_ && page >= kItemPages) {
+      unit_ = __ldg(&params.pages[first_page_ + page].unit);
+    }
+  }
+  __device__ __forceinline__ int page_of(int tile) const {
+    return (warp_ + tile * kWarps) / kTilesPerPage;
+  }
+
+  __device__ __forceinline__ void fill(const DecodeParams& params, int slot, int lane) {
+    if (next_ >= n_tiles_) {
       return;
     }
-    const PageClass cls = params.classes[cursor.cls()];
-    const int bytes = tile_bytes(kHeadDim, cls.key_bits, cls.value_bits);
-    const int tile = cursor.tile_of_page();
-    const int tokens = min(max(cursor.tokens() - tile * kTileTokens, 0), kTileTokens);
-    const uint8_t* from =
-        params.pool + static_cast<uint64_t>(cursor.unit()) * kTileAlignment + tile * bytes;
+    const int holder = next_ % kWarpLanes;
     const uint32_t to = ptx::shared_address(slots_) + slot * slot_bytes_;
 #if __CUDA_ARCH__ >= 900
-    if (lane == 0) {
-      info_[slot] = tokens | cursor.cls() << 8 | cursor.set() << 16;
-      ptx::barrier_expect_bytes(barrier(slot), bytes);
-      ptx::bulk_copy(to, from, bytes, barrier(slot));
+    if (lane == holder) {
+      ptx::barrier_expect_bytes(barrier(slot), tile_bytes_);
+      ptx::bulk_copy(to, address_of(params, unit_), tile_bytes_, barrier(slot));
     }
 #else
-    if (lane == 0) {
-      info_[slot] = tokens | cursor.cls() << 8 | cursor.set() << 16;
-    }
-    for (int at = lane * 16; at < bytes; at += kWarpLanes * 16) {
+    const uint8_t* from = address_of(params, __shfl_sync(ptx::kFullWarp, unit_, holder));
+    for (int at = lane * 16; at < tile_bytes_; at += kWarpLanes * 16) {
       ptx::copy_16(to + at, from + at);
     }
     ptx::arrive_after_copies(barrier(slot));
 #endif
-    cursor.advance(params, warp);
+    ++next_;
+    find_tile(params, lane);
+  }
+  __device__ __forceinline__ const uint8_t* address_of(const DecodeParams& params,
+                                                       uint32_t unit) const {
+    return params.pool + static_cast<uint64_t>(unit) * kTileAlignment +
+           warp_ % kTilesPerPage * tile_bytes_;
   }
 
   uint32_t control_;
-  uint32_t* info_;
   uint8_t* slots_;
   int n_slots_;
   int slot_bytes_;
+  int next_item_;
+  int warp_;
+  int first_page_ = 0;
+  int n_tiles_ = 0;  // of this warp
+  int next_ = 0;     // the next to fetch
+  int tile_bytes_ = 0;
+  uint32_t unit_ = 0;  // of the page of tile next_ / 32 * 32 + lane
   int slot_ = 0;
   uint32_t parity_ = 0;
 };

@@ -24,12 +24,13 @@ __device__ __forceinline__ float key_inverse_factor(int bits, int odd_step, int 
   return (odd_step != 0 ? of_step : 1.0f) * (upper != 0 ? of_upper : 1.0f);
 }
 
-// r of a value channel of this row parity.
+// r of a value channel of this row parity. Not below what the width needs: dividing by r at the end
+// multiplies the bits that the matrix instruction dropped (it truncates).
 __device__ __forceinline__ float value_factor(int bits, int row) {
   if (bits == 2) {
     return row == 0 ? 0.25f : 0.0625f;
   }
-  return bits <= 4 && row == 0 ? 0.0625f : 0.00390625f;
+  return bits <= 4 ? 0.0625f : 0.00390625f;
 }
 
 // Two 4-bit words (k-steps even, odd) out of a word of the low plane and the shifted high bits. The
@@ -90,12 +91,11 @@ __device__ __forceinline__ void unpack_value_2(uint32_t w, uint32_t (&step0)[4],
 
 template <uint32_t kMask>
 __device__ __forceinline__ void unpack_value_nibbles(uint32_t w, uint32_t (&a)[4]) {
-  constexpr uint32_t kPair = kMask * 0x00010001u;
-  const uint32_t t0 = w << 2, t1 = w >> 6;
-  a[0] = ptx::and_or(t0, (kPair << 6), kValueMagic);
-  a[1] = ptx::and_or(t0, (kPair << 2), kValueMagic);
-  a[2] = ptx::and_or(t1, (kPair << 6), kValueMagic);
-  a[3] = ptx::and_or(t1, (kPair << 2), kValueMagic);
+  constexpr uint32_t kPair = kMask * 0x00400040u;
+  a[0] = ptx::and_or((w << 2), kPair, kValueMagic);
+  a[1] = ptx::and_or((w << 6), kPair, kValueMagic);
+  a[2] = ptx::and_or((w >> 6), kPair, kValueMagic);
+  a[3] = ptx::and_or((w >> 2), kPair, kValueMagic);
 }
 
 __device__ __forceinline__ void unpack_value_8(uint32_t row0, uint32_t row1, uint32_t (&a)[4]) {
@@ -125,16 +125,17 @@ __device__ __forceinline__ void load_words(const uint8_t* plane, int lane, int f
 
 // --- A tile's scores and its share of the output -------------------------------------------------
 
-// s[block] += keys of a 16-token block x query operands, for both blocks of a tile.
+// s[block] += keys of a 16-token block x query operands, for both blocks of a tile. q is the lane's
+// column of [head_dim / 32][32 lanes]: the operands of two k-steps.
 template <int kHeadDim, int kBits>
-__device__ __forceinline__ void multiply_keys(const uint8_t* codes, int lane,
-                                              const uint32_t (&q)[kHeadDim / 16][2],
+__device__ __forceinline__ void multiply_keys(const uint8_t* codes, int lane, const uint4* q,
                                               float (&s)[2][4]) {
   constexpr int kChunks = kHeadDim / 32;  // two k-steps each
   constexpr int kHighWords = chunk_words(kHeadDim, 1);
   uint32_t w[4], wide[4], high[kHighWords], even[4], odd[4];
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
+    const uint4 query = q[c * kWarpLanes];
     if constexpr (kBits == 3) {
       if (c % kHighWords == 0) {
         load_words<kHeadDim, 1>(codes + tile_code_bytes(kHeadDim, 2), lane, c, high);
@@ -168,8 +169,8 @@ __device__ __forceinline__ void multiply_keys(const uint8_t* codes, int lane,
         unpack_key_8(w[block * 2], w[block * 2 + 1], even);
         unpack_key_8(wide[block * 2], wide[block * 2 + 1], odd);
       }
-      ptx::mma_16x8x16(s[block], even, q[2 * c][0], q[2 * c][1]);
-      ptx::mma_16x8x16(s[block], odd, q[2 * c + 1][0], q[2 * c + 1][1]);
+      ptx::mma_16x8x16(s[block], even, query.x, query.y);
+      ptx::mma_16x8x16(s[block], odd, query.z, query.w);
     }
   }
 }
