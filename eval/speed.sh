@@ -29,8 +29,9 @@ kernels() {
   $bench kernels --rows 1,4,64 --rounds 5 --json $results/kernels.jsonl
 }
 smollm2() {
-  $bench model --shape smollm2-135m -m build/models/random-smollm2-135m.gguf \
-    -d 256,1024,4096,8192 -t "$threads" -p 64 -n 8 --rounds 3 --json $results/speed.jsonl
+  local model="--shape smollm2-135m -m build/models/random-smollm2-135m.gguf -t $threads"
+  $bench model $model -d 256,1024 -p 128 -n 16 --rounds 5 --json $results/speed.jsonl
+  $bench model $model -d 4096,8192 -p 64 -n 8 --rounds 3 --json $results/speed.jsonl
 }
 llama3() {
   $bench model --shape llama3-8b-4l -m build/models/random-llama3-8b-4l.gguf \
