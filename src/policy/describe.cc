@@ -35,6 +35,12 @@ std::string describe_tensor(const TensorPolicy& tensor) {
   if (tensor.rules.rounding == quant::Rounding::kIntegerOffset) {
     text += ", integer offset";
   }
+  if (tensor.rank != 0) {
+    text += ", rank " + std::to_string(tensor.rank);
+  }
+  if (tensor.outlier_bp != 0) {
+    text += ", " + percent_text(tensor.outlier_bp) + " % outliers";
+  }
   return text + ")";
 }
 

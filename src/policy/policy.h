@@ -25,9 +25,13 @@ struct TensorPolicy {
   std::uint16_t group_channels = 0;  // 0 = head_dim
   std::uint8_t n_classes = 1;
   std::array<std::uint8_t, 2> bits{4, 2};
-  std::uint32_t salient_bp = 10000;  // share of tokens in class 0, basis points
-  std::uint32_t class_multiple = 1;  // class 0 counts are rounded to this
-  std::uint16_t group_tokens = 0;    // channelwise: tokens that share a scale, 0 = the block's
+  std::uint32_t salient_bp = 10000;   // share of tokens in class 0, basis points
+  std::uint32_t class_multiple = 1;   // class 0 counts are rounded to this
+  std::uint16_t group_tokens = 0;     // channelwise: tokens that share a scale, 0 = the block's
+  std::uint8_t rank = 0;              // of the low-rank term
+  std::uint8_t small_block_rank = 0;  // the same in blocks of up to small_block_tokens
+  std::uint32_t small_block_tokens = 0;
+  std::uint32_t outlier_bp = 0;  // share of each channel (K) or token (V) that is kept as outliers
   quant::TensorRules rules;
 };
 

@@ -169,8 +169,8 @@ const std::vector<SettingHelp>& setting_words() {
       {"granularity", "channelwise+cst, channelwise+tokenwise, tokenwise, groupwise",
        "what shares a scale, for keys and for values"},
       {"group", "16..512 in steps of 16",
-       "channels of a token that share a scale (uniform: with granularity groupwise); kivi: also "
-       "tokens of a channel"},
+       "channels of a token that share a scale (uniform: with granularity groupwise); kivi and "
+       "gear: also tokens of a channel, 0 for all of a block (gear)"},
       {"residual", "0 or a multiple of group up to 4096",
        "tokens that kivi keeps exact: keys are quantized so many at a time, values when so many "
        "newer ones are there"},
@@ -179,10 +179,14 @@ const std::vector<SettingHelp>& setting_words() {
       {"hold", "0..65536",
        "newest tokens, not yet quantized; where it is 28, it fills up the sinks to a multiple of "
        "32"},
-      {"seal", "32..65536 in steps of 32; paper and official 16..65536",
+      {"seal", "32..65536 in steps of 32; paper, official and gear 16..65536",
        "staged tokens that start a quantization"},
       {"block", "0 or 32..65536 in steps of 32; paper and official 0 or 16..65536",
        "most tokens of one block, 0 for no limit"},
+      {"rank", "0..16",
+       "of the low-rank term, per head of a block; at most 2 in blocks of decoded tokens"},
+      {"outliers", "0..100 percent, two decimals",
+       "share of each key channel and value token that is kept exact, with its place"},
       {"metric", "normalized, accumulated, official, random, locality, last-token, roco",
        "what makes a token salient; the mean of RoCo alone is normalized with probes all"},
       {"probes", "default, official, all, recent, random, last, special",
