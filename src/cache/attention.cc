@@ -134,6 +134,7 @@ void Attention::Impl::plan_probes() {
     ZC_CHECK(cache->newest_cells().size() == query.n_rows);
     sealer.emplace(*cache, sealer_scratch);
     sealer->begin_step(*query.visible, query.first_row, &probes);
+    sealer->observe_queries(query.q, query.q_row_stride, query.q_head_stride, group);
   }
   tile_probe.clear();
   mass_tile.clear();

@@ -326,6 +326,10 @@ ByteCount LayerCache::bytes() const {
     }
   }
   count.masks += segments_.capacity() * sizeof(Segment);
+  for (const TokenGroup& group : groups_) {
+    count.masks +=
+        sizeof group + (group.query_max.size() + group.key_factors.size()) * sizeof(float);
+  }
   for (const auto& piece : owners_) {
     count.masks += sizeof(piece) + (piece != nullptr ? kMapCells * sizeof(std::uint16_t) : 0);
   }

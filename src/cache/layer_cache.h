@@ -97,6 +97,9 @@ struct TokenGroup {
   std::uint32_t id = kNoGroup;
   std::uint32_t tail_cell = kNoCell;  // its newest token
   std::uint32_t n_tokens = 0;         // tokens so far: the ordinal of the next one
+  // Policies that balance keys: [key_row] max |q| per channel of each KV head until the first
+  // sealing, from then on the factors of its keys.
+  std::vector<float> query_max{}, key_factors{};
 };
 
 class LayerCache {
@@ -172,6 +175,7 @@ class LayerCache {
     std::uint32_t group = kNoGroup;
     std::uint32_t end_ordinal = 0;  // see SealedBlock
     bool holds_values = false;
+    std::span<const float> key_factors{};  // [key_row], where the shape's keys have given ones
   };
   Status seal(std::span<const Slot> slots, const SealAs& as, std::span<const std::uint8_t> tiers);
   // Quantizes the values of a block that held them exact; `value` is their format from now on.

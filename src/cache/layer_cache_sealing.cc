@@ -46,8 +46,9 @@ Status LayerCache::seal(std::span<const Slot> slots, const SealAs& as,
         sorted_tiers[head * n + token] = tiers[head * n + order[token]];
       }
     }
-    quant::encode_block(*block->layout, policy_->quant_rules(), keys, values, sorted_tiers,
-                        block->bytes.data());
+    quant::QuantRules rules = policy_->quant_rules();
+    rules.key.given_factors = as.key_factors;
+    quant::encode_block(*block->layout, rules, keys, values, sorted_tiers, block->bytes.data());
     Expected<std::uint32_t> id = new_segment();
     if (!id) {
       return id.error();

@@ -35,6 +35,7 @@ std::string describe_tensor(const TensorPolicy& tensor) {
   if (tensor.rules.rounding == quant::Rounding::kIntegerOffset) {
     text += ", integer offset";
   }
+  text += tensor.factors == Factors::kBalanced ? ", balanced by queries" : "";
   if (tensor.rank != 0) {
     text += ", rank " + std::to_string(tensor.rank);
   }
@@ -71,6 +72,9 @@ std::string describe(const Policy& policy) {
     text += "; metric " + std::string(name_of(kMetrics, policy.metric)) + ", probes " +
             std::string(name_of(kProbeRules, policy.probes)) + ", seed " +
             std::to_string(policy.seed);
+  }
+  if (policy.recent_bp != 0) {
+    text += "; newest " + percent_text(policy.recent_bp) + " % first";
   }
   return text;
 }

@@ -169,6 +169,28 @@ TEST(MakePolicy, Kivi) {
             "key-bits: found '4,2', accepted widths are 2, 3, 4, 8; one for all tokens");
 }
 
+TEST(MakePolicy, Mikv) {
+  const Policy policy = policy_of({{"policy", "mikv"}});
+  for (const TensorPolicy* tensor : {&policy.key, &policy.value}) {
+    EXPECT_EQ(tensor->bits, (Bits{4, 2}));
+    EXPECT_EQ(tensor->salient_bp, 6000u);
+    EXPECT_EQ(tensor->token_params, TokenParams::kHalf);
+  }
+  EXPECT_EQ(policy.key.granularity, Granularity::kChannelSeparable);
+  EXPECT_EQ(policy.key.factors, Factors::kBalanced);
+  EXPECT_EQ(policy.value.granularity, Granularity::kTokenwise);
+  EXPECT_EQ(policy.metric, Metric::kAccumulated);
+  EXPECT_EQ(policy.probes, ProbeRule::kAll);
+  EXPECT_EQ(policy.recent_bp, 3000u);
+  EXPECT_EQ(policy_of({{"policy", "mikv"}, {"balancer", "off"}}).key.granularity,
+            Granularity::kTokenwise);
+  EXPECT_EQ(policy_of({{"policy", "mikv"}, {"value-bits", "16,2"}}).value.bits, (Bits{16, 2}));
+  EXPECT_EQ(error_of({{"policy", "mikv"}, {"key-bits", "16,16"}}),
+            "key-bits: found '16,16', accepted widths are 2, 3, 4, 8 and for HI 16 as HI or HI,LO");
+  EXPECT_EQ(error_of({{"policy", "mikv"}, {"balancer", "yes"}}),
+            "balancer: found 'yes', accepted: on, off");
+}
+
 TEST(MakePolicy, Gear) {
   const Policy policy = policy_of({{"policy", "gear"}});
   EXPECT_EQ(policy.key.granularity, Granularity::kChannelwise);
@@ -380,13 +402,14 @@ TEST(SettingHelp, NamesEverySettingOnce) {
     const std::string error = error_of({{help.name, "no such value"}});
     EXPECT_EQ(error.find(help.name + ": "), 0u) << error;
   }
-  EXPECT_EQ(names,
-            (std::set<std::string>{
-                "policy",          "mode",         "key-bits",   "value-bits",  "key-salient",
-                "value-salient",   "key-clip",     "value-clip", "granularity", "group",
-                "residual",        "value-params", "sinks",      "hold",        "seal",
-                "block",           "rank",         "outliers",   "metric",      "probes",
-                "probe-positions", "seed"}));
+  EXPECT_EQ(
+      names,
+      (std::set<std::string>{
+          "policy",   "mode",       "key-bits",    "value-bits", "key-salient", "value-salient",
+          "key-clip", "value-clip", "granularity", "group",      "residual",    "value-params",
+          "sinks",    "hold",       "seal",        "block",      "heavy",       "recent",
+          "balancer", "rank",       "outliers",    "metric",     "probes",      "probe-positions",
+          "seed"}));
 }
 
 TEST(PolicyHelp, NamesEveryPolicyAndItsDefaults) {
@@ -442,6 +465,8 @@ TEST(ToSettings, MakesTheSamePolicyAgain) {
       {{"policy", "kivi"}, {"key-bits", "4"}, {"value-bits", "4"}, {"residual", "32"}},
       {{"policy", "kivi"}, {"residual", "0"}},
       {{"policy", "gear"}},
+      {{"policy", "mikv"}},
+      {{"policy", "mikv"}, {"key-bits", "16,3"}, {"balancer", "off"}, {"recent", "12.5"}},
       {{"policy", "gear"}, {"key-bits", "2"}, {"value-bits", "2"}, {"outliers", "1.5"}},
       {{"policy", "gear-l"}, {"rank", "8"}},
       {{"mode", "official"}, {"seal", "50"}, {"block", "1000"}},

@@ -17,9 +17,16 @@
 
 namespace zipcache::policy {
 
+// Where the channel factors of a channel-separable tensor come from.
+enum class Factors : std::uint8_t {
+  kOwn,       // the tokens that are quantized together: sqrt(max |x|)
+  kBalanced,  // keys: sqrt(max |k| / max |q|) of the sequence up to its first sealing, then frozen
+};
+
 struct TensorPolicy {
   format::Granularity granularity = format::Granularity::kChannelwise;
   format::TokenParams token_params = format::TokenParams::kHalf;
+  Factors factors = Factors::kOwn;
   bool class_factors = false;
   bool slot_shared = false;
   std::uint16_t group_channels = 0;  // 0 = head_dim
@@ -66,6 +73,7 @@ struct Policy {
   saliency::Metric metric = saliency::Metric::kNormalized;
   saliency::ProbeRule probes = saliency::ProbeRule::kDefault;
   std::vector<std::uint32_t> probe_positions;  // ProbeRule::kSpecial
+  std::uint32_t recent_bp = 0;  // share of a block's tokens, the newest, that rank above all others
   std::uint64_t seed = 0;
 
   bool seals() const { return !keeps_exact; }

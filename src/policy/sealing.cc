@@ -22,6 +22,7 @@ format::TensorFormat tensor_format(const Policy& policy, const TensorPolicy& ten
   format.granularity = tensor.granularity;
   format.token_params = tensor.token_params;
   format.class_factors = tensor.class_factors;
+  format.given_factors = tensor.factors != Factors::kOwn;
   format.slot_shared = tensor.slot_shared;
   format.group_channels = tensor.group_channels;
   format.group_tokens = tensor.group_tokens;
