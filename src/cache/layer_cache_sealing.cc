@@ -21,6 +21,7 @@ Status LayerCache::seal(std::span<const Slot> slots, const SealAs& as,
     block->group = as.group;
     block->end_ordinal = as.end_ordinal;
     block->holds_values = as.holds_values;
+    block->mass = as.mass;
     block->n_live = shape.n_tokens;
     const std::size_t bytes = block->layout->total_bytes();
     block->bytes.resize(bytes);
@@ -147,6 +148,12 @@ Expected<std::vector<LayerCache::Slot>> LayerCache::unseal(std::uint32_t segment
     slots.push_back(*slot);
   }
   return slots;
+}
+
+void LayerCache::evict(const Slot& slot) {
+  const std::uint32_t cell = segments_[slot.segment].page->cells[slot.index];
+  release(cell);
+  set_owner(cell, kEvicted);
 }
 
 void LayerCache::compact_staging() {

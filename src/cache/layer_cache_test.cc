@@ -42,6 +42,7 @@ const std::vector<Case>& cases() {
       {"kivi_no_residual", {{"policy", "kivi"}, {"residual", "0"}, {"key-bits", "4"}}, 4e-3},
       {"mikv", {{"policy", "mikv"}, {"seal", "32"}}, 4e-3},
       {"mikv_exact", {{"policy", "mikv"}, {"seal", "32"}, {"key-bits", "16,2"}}, 4e-3},
+      {"h2o", {{"policy", "h2o"}, {"heavy", "30"}, {"recent", "20"}, {"seal", "8"}}, 4e-3},
       {"gear", {{"policy", "gear"}, {"outliers", "8"}}, 4e-3},
       {"gear_l_2bit",
        {{"policy", "gear-l"}, {"key-bits", "2"}, {"value-bits", "2"}, {"group", "32"}},

@@ -75,7 +75,7 @@ TokenGroup& Sealer::take_over(const Visibility& visible, std::uint32_t row) {
   }
   // Blocks that wait for their values to be quantized go on waiting in the new group.
   for (const Segment& segment : cache_.segments()) {
-    if (segment.block != nullptr && segment.block->holds_values &&
+    if (segment.block != nullptr && (segment.block->holds_values || !segment.block->mass.empty()) &&
         visible.sees(row, segment.block->cell(segment.block->n_tokens() - 1))) {
       segment.block->group = made.id;
     }
@@ -193,7 +193,7 @@ Sealer::Slots Sealer::staged(std::uint32_t group) const {
 
 Status Sealer::end_step() {
   for (const StepGroup& group : scratch_.groups) {
-    Status sealed = seal_group(group);
+    Status sealed = cache_.policy().evicts ? evict_group(group) : seal_group(group);
     if (!sealed) {
       return sealed;
     }
@@ -363,7 +363,12 @@ Status Sealer::seal_block(std::span<const LayerCache::Slot> oldest_first, std::u
     }
   }
   const TokenGroup& of = find_group(group);
-  return cache_.seal(slots, {shape, group, of.n_tokens - n_after, holds_values, of.key_factors},
+  return cache_.seal(slots,
+                     {.shape = shape,
+                      .group = group,
+                      .end_ordinal = of.n_tokens - n_after,
+                      .holds_values = holds_values,
+                      .key_factors = of.key_factors},
                      tiers);
 }
 

@@ -75,6 +75,7 @@ class Sealer {
   std::uint32_t count_staged(std::uint32_t group) const;
   Slots staged(std::uint32_t group) const;
   Status seal_group(const StepGroup& group);
+  Status evict_group(const StepGroup& group);
   // n_after: tokens of the group after the block's.
   Status seal_block(std::span<const LayerCache::Slot> oldest_first, std::uint32_t n_after,
                     std::uint32_t group);

@@ -64,6 +64,11 @@ std::string describe(const Policy& policy) {
   if (!policy.seals()) {
     return text + ": every token exact";
   }
+  if (policy.evicts) {
+    return text + ": " + percent_text(policy.key.salient_bp) + " % of most attention and newest " +
+           percent_text(policy.hold_bp) + " % of the tokens exact, the others evicted " +
+           std::to_string(policy.seal_tokens) + " at a time (reference implementation)";
+  }
   const auto mode = policy.settings.find("mode");
   text += mode == policy.settings.end() ? "" : " " + mode->second;
   text += ": K " + describe_tensor(policy.key) + ", V " + describe_tensor(policy.value) + "; " +

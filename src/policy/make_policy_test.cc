@@ -191,6 +191,18 @@ TEST(MakePolicy, Mikv) {
             "balancer: found 'yes', accepted: on, off");
 }
 
+TEST(MakePolicy, H2o) {
+  const Policy policy = policy_of({{"policy", "h2o"}});
+  EXPECT_TRUE(policy.evicts);
+  EXPECT_EQ(policy.key.bits, (Bits{format::kExactBits, format::kEvictedBits}));
+  EXPECT_EQ(policy.key.salient_bp, 1000u);
+  EXPECT_EQ(policy.hold_bp, 1000u);
+  EXPECT_EQ(policy.metric, Metric::kAccumulated);
+  EXPECT_EQ(policy.probes, ProbeRule::kAll);
+  EXPECT_EQ(error_of({{"policy", "h2o"}, {"heavy", "120"}}),
+            "heavy: found '120', accepted: percent from 0 to 100 with up to two decimals");
+}
+
 TEST(MakePolicy, Gear) {
   const Policy policy = policy_of({{"policy", "gear"}});
   EXPECT_EQ(policy.key.granularity, Granularity::kChannelwise);
@@ -464,6 +476,8 @@ TEST(ToSettings, MakesTheSamePolicyAgain) {
       {{"mode", "paper"}},
       {{"policy", "kivi"}, {"key-bits", "4"}, {"value-bits", "4"}, {"residual", "32"}},
       {{"policy", "kivi"}, {"residual", "0"}},
+      {{"policy", "h2o"}},
+      {{"policy", "h2o"}, {"heavy", "20"}, {"recent", "0"}, {"seal", "1"}},
       {{"policy", "gear"}},
       {{"policy", "mikv"}},
       {{"policy", "mikv"}, {"key-bits", "16,3"}, {"balancer", "off"}, {"recent", "12.5"}},

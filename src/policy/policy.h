@@ -57,6 +57,10 @@ struct Policy {
   std::uint32_t sink_tokens = 4;
   std::uint32_t hold_tokens = 28;
   std::uint32_t seal_tokens = 64;
+  std::uint32_t hold_bp = 0;  // held at least: this share of the sequence's tokens so far
+  // Eviction: class 1 has width 0, class 0 is key.salient_bp of the tokens of the sequence so far.
+  // Sealed tokens go on receiving attention and are ranked again with every sealing.
+  bool evicts = false;
   std::uint32_t seal_multiple = 32;
   std::uint32_t block_tokens = 512;
   bool seal_chunks = false;

@@ -181,7 +181,7 @@ const std::vector<SettingHelp>& setting_words() {
       {"hold", "0..65536",
        "newest tokens, not yet quantized; where it is 28, it fills up the sinks to a multiple of "
        "32"},
-      {"seal", "32..65536 in steps of 32; paper, official, gear and mikv 16..65536",
+      {"seal", "32..65536 in steps of 32; paper, official, gear and mikv 16..65536, h2o 1..65536",
        "staged tokens that start a quantization"},
       {"block", "0 or 32..65536 in steps of 32; paper, official and mikv 0 or 16..65536",
        "most tokens of one block, 0 for no limit"},
