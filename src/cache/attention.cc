@@ -162,7 +162,7 @@ void Attention::Impl::plan_probes() {
                            (seg.page != nullptr ? kPageTokens : seg.block->mass_slots()));
   }
   mass.assign(std::size_t{tiles_with_probes} * n_kv_heads * ranked_begin.back(), 0.0f);
-  squares.assign(sealer != nullptr && sealer->needs_squares() ? mass.size() : 0, 0.0f);
+  squares.assign(sealer && sealer->needs_squares() ? mass.size() : 0, 0.0f);
 }
 
 std::size_t Attention::scratch_bytes() const {

@@ -247,8 +247,7 @@ void Sealer::observe_queries(const float* q, std::size_t row_stride, std::size_t
       continue;
     }
     group.query_max.resize(cache_.shape().key_row);
-    for (const std::uint32_t row :
-         std::span(scratch_.rows).subspan(step.first_row, step.n_rows)) {
+    for (const std::uint32_t row : std::span(scratch_.rows).subspan(step.first_row, step.n_rows)) {
       for (std::uint32_t head = 0; head < cache_.n_kv_heads() * heads_per_group; ++head) {
         const float* x = q + row * row_stride + head * head_stride;
         float* largest = group.query_max.data() + std::size_t{head / heads_per_group} * dim;
