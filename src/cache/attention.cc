@@ -116,7 +116,7 @@ void Attention::Impl::plan_tiles(std::uint32_t n_threads) {
     worker.q.resize(std::size_t{max_rows} * cache->key_dim());
     worker.probe_q.resize(worker.q.size());
     worker.lse.resize(max_rows);
-    worker.row_mass.resize(kPageTokens);
+    worker.row_mass.resize(max_tokens);
     worker.tokens.reserve(tile_tokens);
     worker.logits.resize(max_rows * logits_stride);
     worker.state.resize(state_floats);
@@ -134,6 +134,7 @@ void Attention::Impl::plan_probes() {
     ZC_CHECK(cache->newest_cells().size() == query.n_rows);
     sealer.emplace(*cache, sealer_scratch);
     sealer->begin_step(*query.visible, query.first_row, &probes);
+    sealer->observe_queries(query.q, query.q_row_stride, query.q_head_stride, group);
   }
   tile_probe.clear();
   mass_tile.clear();
@@ -148,7 +149,19 @@ void Attention::Impl::plan_probes() {
     tiles_with_probes += next > tile_probe.back() ? 1 : 0;
   }
   tile_probe.push_back(next);
-  mass.assign(std::size_t{tiles_with_probes} * n_kv_heads * n_pages() * kPageTokens, 0.0f);
+  ranked.assign(segments.begin() + first_page, segments.end());
+  for (std::uint32_t i = 0; i < first_page; ++i) {
+    if (segment(i).block->mass_slots() > 0) {
+      ranked.push_back(segments[i]);
+    }
+  }
+  ranked_begin.assign(1, 0);
+  for (const std::uint32_t id : ranked) {
+    const Segment& seg = cache->segments()[id];
+    ranked_begin.push_back(ranked_begin.back() +
+                           (seg.page != nullptr ? kPageTokens : seg.block->mass_slots()));
+  }
+  mass.assign(std::size_t{tiles_with_probes} * n_kv_heads * ranked_begin.back(), 0.0f);
   squares.assign(sealer && sealer->needs_squares() ? mass.size() : 0, 0.0f);
 }
 
@@ -158,7 +171,8 @@ std::size_t Attention::scratch_bytes() const {
     return vector.capacity() * sizeof(typename std::decay_t<decltype(vector)>::value_type);
   };
   std::size_t sum = bytes(m.segments) + bytes(m.span_begin) + bytes(m.partial) + bytes(m.probes) +
-                    bytes(m.tile_probe) + bytes(m.mass_tile) + bytes(m.mass) + bytes(m.squares);
+                    bytes(m.tile_probe) + bytes(m.mass_tile) + bytes(m.ranked) +
+                    bytes(m.ranked_begin) + bytes(m.mass) + bytes(m.squares);
   for (const Impl::Worker& w : m.workers) {
     const SegmentScratch& s = w.segment;
     sum += bytes(w.q) + bytes(w.probe_q) + bytes(w.lse) + bytes(w.row_mass) + bytes(w.tokens) +
@@ -190,10 +204,25 @@ Status Attention::commit() {
   total.resize(m.n_kv_heads);
   std::vector<float>& total_squares = m.total_squares;
   total_squares.resize(m.squares.empty() ? 0 : m.n_kv_heads);
-  const std::size_t n_staged = std::size_t{m.n_pages()} * kPageTokens;
-  const std::size_t n_mass_tiles = n_staged == 0 ? 0 : m.mass.size() / (m.n_kv_heads * n_staged);
-  for (std::uint32_t page = 0; page < m.n_pages(); ++page) {
-    const std::uint32_t id = m.segments[m.first_page + page];
+  const std::size_t n_ranked = m.ranked_begin.back();
+  const std::size_t n_mass_tiles = n_ranked == 0 ? 0 : m.mass.size() / (m.n_kv_heads * n_ranked);
+  const auto sum = [&](const std::vector<float>& parts, std::uint32_t head, std::size_t token) {
+    float all = 0.0f;
+    for (std::size_t tile = 0; tile < n_mass_tiles; ++tile) {  // a fixed order of summation
+      all += parts[(tile * m.n_kv_heads + head) * n_ranked + token];
+    }
+    return all;
+  };
+  for (std::size_t i = 0; i < m.ranked.size(); ++i) {
+    const std::uint32_t id = m.ranked[i];
+    if (SealedBlock* block = m.cache->block(id)) {
+      for (std::size_t slot = 0; slot < block->mass.size(); ++slot) {
+        const std::uint32_t n = block->mass_slots();
+        block->mass[slot] +=
+            sum(m.mass, static_cast<std::uint32_t>(slot / n), m.ranked_begin[i] + slot % n);
+      }
+      continue;
+    }
     for (std::uint32_t slot = 0; slot < kPageTokens; ++slot) {
       const std::uint32_t cell = m.cache->page(id)->cells[slot];
       if (cell == kNoCell) {
@@ -204,17 +233,9 @@ Status Attention::commit() {
         seen += m.query.visible->sees(m.query.first_row + probe.row, cell) ? probe.weight : 0.0f;
       }
       for (std::uint32_t head = 0; head < m.n_kv_heads; ++head) {
-        const auto sum = [&](const std::vector<float>& parts) {
-          float all = 0.0f;
-          for (std::size_t tile = 0; tile < n_mass_tiles; ++tile) {  // a fixed order of summation
-            all += parts[(tile * m.n_kv_heads + head) * n_staged + std::size_t{page} * kPageTokens +
-                         slot];
-          }
-          return all;
-        };
-        total[head] = sum(m.mass);
+        total[head] = sum(m.mass, head, m.ranked_begin[i] + slot);
         if (!m.squares.empty()) {
-          total_squares[head] = sum(m.squares);
+          total_squares[head] = sum(m.squares, head, m.ranked_begin[i] + slot);
         }
       }
       m.sealer->add_mass({id, slot}, total.data(),

@@ -26,7 +26,7 @@ struct Attention::Impl {
     AlignedVector<float> q;              // [rows, key_dim], scaled to base 2
     AlignedVector<float> probe_q;        // [rows, key_dim]: the rows of probes only
     std::vector<float> lse;              // [rows]
-    std::vector<float> row_mass;         // [kPageTokens]: one row's, over the heads of a group
+    std::vector<float> row_mass;         // [max_tokens]: one row's, over the heads of a group
     std::vector<std::uint32_t> tokens;   // tokens of the step whose rows are in q or probe_q
     AlignedVector<float> logits;         // [rows, logits_stride]
     AlignedVector<float> state;          // SoftmaxState of a span
@@ -63,9 +63,11 @@ struct Attention::Impl {
   std::vector<Probe> probes;              // ascending rows
   std::vector<std::uint32_t> tile_probe;  // first probe of each tile; ends with probes.size()
   std::vector<std::uint32_t>
-      mass_tile;               // tile -> its row in `mass`, tiles without probes share none
-  std::vector<float> mass;     // [tiles with probes, kv head, pages * kPageTokens]
-  std::vector<float> squares;  // as mass; empty unless the metric asks
+      mass_tile;                      // tile -> its row in `mass`, tiles without probes share none
+  std::vector<std::uint32_t> ranked;  // segments whose tokens receive mass: pages, then blocks
+  std::vector<std::size_t> ranked_begin;  // first token of each; ends with their number
+  std::vector<float> mass;                // [tiles with probes, kv head, tokens of ranked segments]
+  std::vector<float> squares;             // as mass; empty unless the metric asks
   std::vector<float> total_mass, total_squares;  // [kv head]
 
   std::uint32_t n_spans() const { return static_cast<std::uint32_t>(span_begin.size()) - 1; }
@@ -83,6 +85,8 @@ struct Attention::Impl {
   Sight look(const Segment& segment, std::uint32_t tile, Worker& worker) const;
   void segment_logits(const Segment& segment, std::uint32_t head, const float* q,
                       Worker& worker) const;
+  const std::uint64_t* sight_by_slot(const Segment& segment, std::uint32_t head,
+                                     std::uint32_t n_tokens, Worker& worker) const;
   void mask_logits(const Segment& segment, std::uint32_t head, std::uint32_t n_tokens,
                    Worker& worker) const;
   void attend_span(std::uint32_t head, std::uint32_t tile, std::uint32_t span, Worker& worker,
@@ -94,7 +98,7 @@ struct Attention::Impl {
     return {data, n_rows, cache->value_dim()};
   }
   std::size_t mass_begin(std::uint32_t tile, std::uint32_t head) const {
-    return (std::size_t{mass_tile[tile]} * n_kv_heads + head) * n_pages() * kPageTokens;
+    return (std::size_t{mass_tile[tile]} * n_kv_heads + head) * ranked_begin.back();
   }
 };
 

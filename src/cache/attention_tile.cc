@@ -149,26 +149,34 @@ void Attention::Impl::segment_logits(const Segment& segment, std::uint32_t head,
   }
 }
 
+// worker.seen of the tile's first n_tokens, in slot order of the head.
+const std::uint64_t* Attention::Impl::sight_by_slot(const Segment& segment, std::uint32_t head,
+                                                    std::uint32_t n_tokens, Worker& worker) const {
+  if (segment.block == nullptr || segment.block->layout->n_tiers() == 1) {
+    return worker.seen.data();
+  }
+  const std::uint32_t n = SegmentMath::n_tokens(segment);
+  const std::uint32_t words = (n + 63) / 64;
+  format::slot_order(*segment.block->layout, segment.block->bytes.data(), head,
+                     worker.order.data());
+  std::fill_n(worker.by_slot.begin(), std::size_t{n_tokens} * words, 0);
+  for (std::uint32_t t = 0; t < n_tokens; ++t) {
+    const std::uint64_t* seen = worker.seen.data() + std::size_t{t} * words;
+    std::uint64_t* out = worker.by_slot.data() + std::size_t{t} * words;
+    for (std::uint32_t slot = 0; slot < n; ++slot) {
+      const std::uint32_t token = worker.order[slot];
+      out[slot / 64] |= (seen[token / 64] >> (token % 64) & 1u) << (slot % 64);
+    }
+  }
+  return worker.by_slot.data();
+}
+
 // Hides what worker.seen says is not visible.
 void Attention::Impl::mask_logits(const Segment& segment, std::uint32_t head,
                                   std::uint32_t n_tokens, Worker& worker) const {
   const std::uint32_t n = SegmentMath::n_tokens(segment);
   const std::uint32_t words = (n + 63) / 64;
-  const std::uint64_t* by_slot = worker.seen.data();
-  if (segment.block != nullptr && segment.block->layout->n_tiers() > 1) {
-    format::slot_order(*segment.block->layout, segment.block->bytes.data(), head,
-                       worker.order.data());
-    std::fill_n(worker.by_slot.begin(), std::size_t{n_tokens} * words, 0);
-    for (std::uint32_t t = 0; t < n_tokens; ++t) {
-      const std::uint64_t* seen = worker.seen.data() + std::size_t{t} * words;
-      std::uint64_t* out = worker.by_slot.data() + std::size_t{t} * words;
-      for (std::uint32_t slot = 0; slot < n; ++slot) {
-        const std::uint32_t token = worker.order[slot];
-        out[slot / 64] |= (seen[token / 64] >> (token % 64) & 1u) << (slot % 64);
-      }
-    }
-    by_slot = worker.by_slot.data();
-  }
+  const std::uint64_t* by_slot = sight_by_slot(segment, head, n_tokens, worker);
   for (std::size_t row = 0; row < std::size_t{n_tokens} * group; ++row) {
     kernels.mask(worker.logits.data() + row * logits_stride, n, by_slot + row / group * words);
   }
@@ -223,8 +231,8 @@ void Attention::Impl::finish_tile(std::uint32_t head, std::uint32_t tile, Worker
 }
 
 // Attention that the tile's probe rows pay to each staged token (paper Eq. 9), summed over the
-// query heads of the group. Only staged tokens will be ranked, so only their logits are formed
-// again, now that the rows' normaliser is known.
+// query heads of the group. Only tokens that will be ranked (staged ones, and sealed ones that may
+// be evicted later) have their logits formed again, now that the rows' normaliser is known.
 void Attention::Impl::probe_mass(std::uint32_t head, std::uint32_t tile, Worker& worker) const {
   const std::size_t token_floats = std::size_t{group} * cache->key_dim();
   worker.tokens.clear();
@@ -234,13 +242,16 @@ void Attention::Impl::probe_mass(std::uint32_t head, std::uint32_t tile, Worker&
                 worker.probe_q.data() + worker.tokens.size() * token_floats);
     worker.tokens.push_back(probes[i].row);
   }
-  std::size_t at = mass_begin(tile, head);
-  for (std::uint32_t page = 0; page < n_pages(); ++page, at += kPageTokens) {
-    float* out = const_cast<float*>(mass.data()) + at;
-    const Segment& seg = segment(first_page + page);
+  for (std::size_t i = 0; i < ranked.size(); ++i) {
+    const Segment& seg = cache->segments()[ranked[i]];
     if (look(seg, tile, worker) == Sight::kNone) {
       continue;
     }
+    const std::uint32_t words = (SegmentMath::n_tokens(seg) + 63) / 64;
+    const std::uint64_t* sight = sight_by_slot(seg, head, tile_size(tile), worker);
+    const std::size_t n = ranked_begin[i + 1] - ranked_begin[i];
+    const std::size_t at = mass_begin(tile, head) + ranked_begin[i];
+    float* out = const_cast<float*>(mass.data()) + at;
     segment_logits(seg, head, worker.probe_q.data(), worker);
     for (std::size_t row = 0; row < worker.tokens.size() * group; ++row) {
       const std::size_t t = worker.tokens[row / group] - tile * tile_tokens;
@@ -248,21 +259,21 @@ void Attention::Impl::probe_mass(std::uint32_t head, std::uint32_t tile, Worker&
       const float weight = probes[tile_probe[tile] + row / group].weight;
       float* s = worker.logits.data() + row * logits_stride;
       if (lse > -kInfinity) {  // else it sees nothing, or NaN: no saliency from it
-        kernels.mask(s, kPageTokens, worker.seen.data() + t);
-        kernels.exp2_sum(s, kPageTokens, lse);
-        kernels.axpby(out, kPageTokens, 1.0f, s, weight);
+        kernels.mask(s, n, sight + t * words);
+        kernels.exp2_sum(s, n, lse);
+        kernels.axpby(out, n, 1.0f, s, weight);
       } else {
-        std::fill_n(s, kPageTokens, 0.0f);
+        std::fill_n(s, n, 0.0f);
       }
       if (!squares.empty()) {
         float* sum = worker.row_mass.data();
         if (row % group == 0) {
-          std::fill_n(sum, kPageTokens, 0.0f);
+          std::fill_n(sum, n, 0.0f);
         }
-        kernels.axpby(sum, kPageTokens, 1.0f, s, 1.0f);
+        kernels.axpby(sum, n, 1.0f, s, 1.0f);
         if (row % group + 1 == group) {
-          kernels.multiply(sum, sum, sum, kPageTokens);
-          kernels.axpby(const_cast<float*>(squares.data()) + at, kPageTokens, 1.0f, sum, weight);
+          kernels.multiply(sum, sum, sum, n);
+          kernels.axpby(const_cast<float*>(squares.data()) + at, n, 1.0f, sum, weight);
         }
       }
     }

@@ -80,12 +80,15 @@ std::uint16_t LayerCache::owner(std::uint32_t cell) const {
 }
 
 void LayerCache::set_owner(std::uint32_t cell, std::uint16_t segment) {
-  owners_[cell / kMapCells][cell % kMapCells] = segment;
+  std::uint16_t& owner = owners_[cell / kMapCells][cell % kMapCells];
+  n_evicted_ += (segment == kEvicted ? 1 : 0);
+  n_evicted_ -= (owner == kEvicted ? 1 : 0);
+  owner = segment;
 }
 
 LayerCache::Slot LayerCache::find(std::uint32_t cell) const {
   const std::uint16_t segment = owner(cell);
-  if (segment == kNoOwner) {
+  if (segment == kNoOwner || segment == kEvicted) {
     return {};
   }
   if (const StagingPage* page = segments_[segment].page.get()) {
@@ -110,8 +113,8 @@ Expected<std::uint32_t> LayerCache::new_segment() {
       return id;
     }
   }
-  if (segments_.size() >= kNoOwner) {
-    return unsupported("a layer of the KV cache holds at most 65535 pages and blocks");
+  if (segments_.size() >= kEvicted) {
+    return unsupported("a layer of the KV cache holds at most 65534 pages and blocks");
   }
   segments_.emplace_back();
   return static_cast<std::uint32_t>(segments_.size() - 1);
@@ -252,6 +255,7 @@ void LayerCache::clear() {
   next_arrival_ = 0;
   next_group_ = 0;
   n_live_ = 0;
+  n_evicted_ = 0;
 }
 
 // ---- whole caches ----------------------------------------------------------------------------
@@ -300,6 +304,7 @@ Status LayerCache::copy_from(const LayerCache& other) {
   next_arrival_ = other.next_arrival_;
   next_group_ = other.next_group_;
   n_live_ = other.n_live_;
+  n_evicted_ = other.n_evicted_;
   return ok_status();
 }
 
@@ -320,16 +325,23 @@ ByteCount LayerCache::bytes() const {
       count.slack += dead_bytes;
       count.params += block.layout->params_bytes();
       count.masks += block.layout->masks_bytes() + sizeof(SealedBlock) +
-                     block.cells.capacity() * sizeof(std::uint32_t) + block.dead.capacity() / 8;
+                     block.cells.capacity() * sizeof(std::uint32_t) + block.dead.capacity() / 8 +
+                     block.mass.size() * sizeof(float);
       count.live_tokens += block.n_live;
       count.sealed_tokens += block.n_live;
     }
   }
   count.masks += segments_.capacity() * sizeof(Segment);
+  for (const TokenGroup& group : groups_) {
+    count.masks +=
+        sizeof group + (group.query_max.size() + group.key_factors.size()) * sizeof(float);
+  }
   for (const auto& piece : owners_) {
     count.masks += sizeof(piece) + (piece != nullptr ? kMapCells * sizeof(std::uint16_t) : 0);
   }
   count.masks += layouts_.size() * sizeof(format::BlockLayout);
+  count.live_tokens += n_evicted_;
+  count.sealed_tokens += n_evicted_;
   count.fp16 = count.live_tokens * token_bytes;
   return count;
 }

@@ -78,6 +78,11 @@ struct SealedBlock {
   std::uint32_t group = kNoGroup;
   std::uint32_t end_ordinal = 0;  // tokens of its group up to its newest one
   bool holds_values = false;      // values are exact for now, to be quantized later
+  // Where tokens are evicted: [n_kv_heads, class 0] attention received, by slot.
+  std::vector<float> mass;
+  std::uint32_t mass_slots() const {
+    return mass.empty() ? 0 : layout->class_tokens(Tensor::kKey, 0);
+  }
 
   std::uint32_t n_tokens() const { return layout->shape().n_tokens; }
   std::uint32_t cell(std::uint32_t token) const {
@@ -97,6 +102,9 @@ struct TokenGroup {
   std::uint32_t id = kNoGroup;
   std::uint32_t tail_cell = kNoCell;  // its newest token
   std::uint32_t n_tokens = 0;         // tokens so far: the ordinal of the next one
+  // Policies that balance keys: [key_row] max |q| per channel of each KV head until the first
+  // sealing, from then on the factors of its keys.
+  std::vector<float> query_max{}, key_factors{};
 };
 
 class LayerCache {
@@ -133,7 +141,8 @@ class LayerCache {
   Status put(Tensor tensor, std::span<const std::uint32_t> cells, const RowsView& rows);
 
   // Reads rows [first_cell, first_cell + n) as fp16 into out [n, key_row or value_row]: exact for
-  // staged tokens, dequantized for sealed ones, zero for cells never written.
+  // staged tokens, dequantized for sealed ones, zero for cells never written or evicted (for heads
+  // that evicted the token, if only some did).
   void get(Tensor tensor, std::uint32_t first_cell, std::uint32_t n, Half* out) const;
 
   // Calls rotate(cells, keys) with keys [n, key_row] float of every token held, page by page and
@@ -172,10 +181,15 @@ class LayerCache {
     std::uint32_t group = kNoGroup;
     std::uint32_t end_ordinal = 0;  // see SealedBlock
     bool holds_values = false;
+    std::vector<float> mass{};             // see SealedBlock
+    std::span<const float> key_factors{};  // [key_row], where the shape's keys have given ones
   };
   Status seal(std::span<const Slot> slots, const SealAs& as, std::span<const std::uint8_t> tiers);
   // Quantizes the values of a block that held them exact; `value` is their format from now on.
   Status seal_values(std::uint32_t segment, const format::TensorFormat& value);
+  // Evicts a staged token for all heads: its cell holds nothing, but counts as a live token.
+  void evict(const Slot& slot);
+  SealedBlock* block(std::uint32_t segment) { return segments_[segment].block.get(); }
   // Dequantizes a block's live tokens back into staging (published mode: quantize everything anew).
   // Returns their slots, ascending cells; *tiers becomes [n_kv_heads, n].
   Expected<std::vector<Slot>> unseal(std::uint32_t segment, std::vector<std::uint8_t>* tiers);
@@ -187,6 +201,7 @@ class LayerCache {
 
  private:
   static constexpr std::uint16_t kNoOwner = UINT16_MAX;
+  static constexpr std::uint16_t kEvicted = UINT16_MAX - 1;
   static constexpr std::uint32_t kMapCells = 256;  // cells per lazily made piece of the owner map
 
   void make_owner_map(std::uint32_t cell);
@@ -223,6 +238,7 @@ class LayerCache {
   std::uint32_t next_arrival_ = 0;
   std::uint32_t next_group_ = 0;
   std::uint64_t n_live_ = 0;
+  std::uint64_t n_evicted_ = 0;  // cells that hold nothing but were not overwritten
   friend class Sealer;
 };
 

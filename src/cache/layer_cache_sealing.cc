@@ -21,6 +21,7 @@ Status LayerCache::seal(std::span<const Slot> slots, const SealAs& as,
     block->group = as.group;
     block->end_ordinal = as.end_ordinal;
     block->holds_values = as.holds_values;
+    block->mass = as.mass;
     block->n_live = shape.n_tokens;
     const std::size_t bytes = block->layout->total_bytes();
     block->bytes.resize(bytes);
@@ -46,8 +47,9 @@ Status LayerCache::seal(std::span<const Slot> slots, const SealAs& as,
         sorted_tiers[head * n + token] = tiers[head * n + order[token]];
       }
     }
-    quant::encode_block(*block->layout, policy_->quant_rules(), keys, values, sorted_tiers,
-                        block->bytes.data());
+    quant::QuantRules rules = policy_->quant_rules();
+    rules.key.given_factors = as.key_factors;
+    quant::encode_block(*block->layout, rules, keys, values, sorted_tiers, block->bytes.data());
     Expected<std::uint32_t> id = new_segment();
     if (!id) {
       return id.error();
@@ -146,6 +148,12 @@ Expected<std::vector<LayerCache::Slot>> LayerCache::unseal(std::uint32_t segment
     slots.push_back(*slot);
   }
   return slots;
+}
+
+void LayerCache::evict(const Slot& slot) {
+  const std::uint32_t cell = segments_[slot.segment].page->cells[slot.index];
+  release(cell);
+  set_owner(cell, kEvicted);
 }
 
 void LayerCache::compact_staging() {

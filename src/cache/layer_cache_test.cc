@@ -40,6 +40,13 @@ const std::vector<Case>& cases() {
       {"official", {{"mode", "official"}}, 3e-3},
       {"kivi", {{"policy", "kivi"}, {"residual", "32"}}, 4e-3},
       {"kivi_no_residual", {{"policy", "kivi"}, {"residual", "0"}, {"key-bits", "4"}}, 4e-3},
+      {"mikv", {{"policy", "mikv"}, {"seal", "32"}}, 4e-3},
+      {"mikv_exact", {{"policy", "mikv"}, {"seal", "32"}, {"key-bits", "16,2"}}, 4e-3},
+      {"h2o", {{"policy", "h2o"}, {"heavy", "30"}, {"recent", "20"}, {"seal", "8"}}, 4e-3},
+      {"gear", {{"policy", "gear"}, {"outliers", "8"}}, 4e-3},
+      {"gear_l_2bit",
+       {{"policy", "gear-l"}, {"key-bits", "2"}, {"value-bits", "2"}, {"group", "32"}},
+       4e-3},
       {"roco", {{"metric", "roco"}, {"seal", "32"}}, 3e-3},
       {"last_token", {{"metric", "last-token"}, {"seal", "32"}}, 3e-3},
   };

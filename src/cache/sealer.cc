@@ -1,6 +1,8 @@
 #include "cache/sealer.h"
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 
 #include "base/check.h"
 #include "base/philox.h"
@@ -60,6 +62,10 @@ TokenGroup& Sealer::take_over(const Visibility& visible, std::uint32_t row) {
       return group.id == token(seen.back()).group;
     });
     made.n_tokens = parent == groups.end() ? cache_.policy().sink_tokens : parent->n_tokens;
+    if (parent != groups.end()) {
+      made.query_max = parent->query_max;
+      made.key_factors = parent->key_factors;
+    }
   }
   for (const LayerCache::Slot& slot : seen) {
     if (token(slot).group == kNoGroup) {  // restored: its place in the sequence starts here
@@ -69,7 +75,7 @@ TokenGroup& Sealer::take_over(const Visibility& visible, std::uint32_t row) {
   }
   // Blocks that wait for their values to be quantized go on waiting in the new group.
   for (const Segment& segment : cache_.segments()) {
-    if (segment.block != nullptr && segment.block->holds_values &&
+    if (segment.block != nullptr && (segment.block->holds_values || !segment.block->mass.empty()) &&
         visible.sees(row, segment.block->cell(segment.block->n_tokens() - 1))) {
       segment.block->group = made.id;
     }
@@ -187,7 +193,7 @@ Sealer::Slots Sealer::staged(std::uint32_t group) const {
 
 Status Sealer::end_step() {
   for (const StepGroup& group : scratch_.groups) {
-    Status sealed = seal_group(group);
+    Status sealed = cache_.policy().evicts ? evict_group(group) : seal_group(group);
     if (!sealed) {
       return sealed;
     }
@@ -208,6 +214,7 @@ Status Sealer::seal_group(const StepGroup& group) {
     return seal_held_values(group.id);
   }
   const Slots slots = staged(group.id);
+  balance_keys(find_group(group.id), slots);
   std::size_t begin = 0;
   for (const std::uint32_t n : blocks) {
     Status sealed = seal_block(std::span(slots).subspan(begin, n),
@@ -221,11 +228,58 @@ Status Sealer::seal_group(const StepGroup& group) {
   return seal_held_values(group.id);
 }
 
-std::uint32_t Sealer::tokens_of(std::uint32_t group) const {
+TokenGroup& Sealer::find_group(std::uint32_t id) {
   const auto found = std::find_if(cache_.groups_.begin(), cache_.groups_.end(),
-                                  [group](const TokenGroup& g) { return g.id == group; });
+                                  [id](const TokenGroup& g) { return g.id == id; });
   ZC_CHECK(found != cache_.groups_.end());
-  return found->n_tokens;
+  return *found;
+}
+
+void Sealer::observe_queries(const float* q, std::size_t row_stride, std::size_t head_stride,
+                             std::uint32_t heads_per_group) {
+  if (cache_.policy().key.factors != policy::Factors::kBalanced) {
+    return;
+  }
+  const std::uint32_t dim = cache_.key_dim();
+  for (const StepGroup& step : scratch_.groups) {
+    TokenGroup& group = find_group(step.id);
+    if (!group.key_factors.empty()) {
+      continue;
+    }
+    group.query_max.resize(cache_.shape().key_row);
+    for (const std::uint32_t row : std::span(scratch_.rows).subspan(step.first_row, step.n_rows)) {
+      for (std::uint32_t head = 0; head < cache_.n_kv_heads() * heads_per_group; ++head) {
+        const float* x = q + row * row_stride + head * head_stride;
+        float* largest = group.query_max.data() + std::size_t{head / heads_per_group} * dim;
+        for (std::uint32_t c = 0; c < dim; ++c) {
+          largest[c] = std::max(largest[c], std::abs(x[c]));
+        }
+      }
+    }
+  }
+}
+
+// The balancer of MiKV as the factor that stored keys are multiplied with: 1/b = sqrt(max |k| /
+// max |q|), of the tokens staged at the first sealing.
+void Sealer::balance_keys(TokenGroup& group, const Slots& staged) {
+  if (cache_.policy().key.factors != policy::Factors::kBalanced || !group.key_factors.empty()) {
+    return;
+  }
+  const std::size_t width = cache_.shape().key_row;
+  std::vector<float> largest(width), row(width);
+  for (const LayerCache::Slot& slot : staged) {
+    cache_.read_staged(slot, Tensor::kKey, row.data());
+    for (std::size_t c = 0; c < width; ++c) {
+      largest[c] = std::max(largest[c], std::abs(row[c]));
+    }
+  }
+  group.query_max.resize(width);
+  for (std::size_t c = 0; c < width; ++c) {
+    const float factor = std::sqrt(largest[c] / group.query_max[c]);
+    largest[c] = factor > 0 && std::isfinite(factor) ? factor : 1.0f;
+  }
+  group.key_factors = std::move(largest);
+  group.query_max = {};
 }
 
 // Values that have left the window for which they stay exact.
@@ -234,7 +288,7 @@ Status Sealer::seal_held_values(std::uint32_t group) {
   if (policy.value_hold_tokens == 0) {
     return ok_status();
   }
-  const std::uint32_t n_tokens = tokens_of(group);
+  const std::uint32_t n_tokens = find_group(group).n_tokens;
   for (std::uint32_t id = 0; id < cache_.segments().size(); ++id) {
     const SealedBlock* block = cache_.segments()[id].block.get();
     if (block == nullptr || block->group != group || !block->holds_values ||
@@ -277,6 +331,7 @@ Status Sealer::seal_block(std::span<const LayerCache::Slot> oldest_first, std::u
   if (layout.n_tiers() > 1) {
     std::vector<float> mass(n), squares(needs_squares() ? n : 0), scores(n);
     std::vector<std::uint32_t> seen(n), ages(n);
+    const auto n_recent = static_cast<std::uint32_t>(std::uint64_t{n} * policy.recent_bp / 10000);
     for (std::uint32_t head = 0; head < n_heads; ++head) {
       for (std::uint32_t i = 0; i < n; ++i) {
         const StagingPage& page = *cache_.page(oldest_first[i].segment);
@@ -291,6 +346,9 @@ Status Sealer::seal_block(std::span<const LayerCache::Slot> oldest_first, std::u
       saliency::token_scores(keeps_last_row_only() ? saliency::Metric::kLastToken : policy.metric,
                              {mass, squares, seen, ages}, random_seed(oldest_first.front(), head),
                              scores);
+      for (std::uint32_t i = n - n_recent; i < n; ++i) {
+        scores[i] = std::numeric_limits<float>::infinity();
+      }
       saliency::assign_tiers(scores, tier_tokens,
                              std::span(tiers).subspan(std::size_t{head} * n, n));
     }
@@ -303,7 +361,14 @@ Status Sealer::seal_block(std::span<const LayerCache::Slot> oldest_first, std::u
       return gathered;
     }
   }
-  return cache_.seal(slots, {shape, group, tokens_of(group) - n_after, holds_values}, tiers);
+  const TokenGroup& of = find_group(group);
+  return cache_.seal(slots,
+                     {.shape = shape,
+                      .group = group,
+                      .end_ordinal = of.n_tokens - n_after,
+                      .holds_values = holds_values,
+                      .key_factors = of.key_factors},
+                     tiers);
 }
 
 // Published mode: every sealed token of the group comes back, keeps its tier, and is quantized anew

@@ -47,6 +47,10 @@ class Sealer {
   // `visible`) their groups and picks the probes, ascending by row.
   void begin_step(const Visibility& visible, std::uint32_t first_row, std::vector<Probe>* probes);
 
+  // Query rows of this step, of which some policies keep statistics. `q` as in cache::Query.
+  void observe_queries(const float* q, std::size_t row_stride, std::size_t head_stride,
+                       std::uint32_t heads_per_group);
+
   // Adds the probe attention of one staged token: mass [n_kv_heads], seen = probes that see it;
   // squares as mass, nullptr unless needs_squares().
   void add_mass(const LayerCache::Slot& slot, const float* mass, const float* squares,
@@ -71,11 +75,13 @@ class Sealer {
   std::uint32_t count_staged(std::uint32_t group) const;
   Slots staged(std::uint32_t group) const;
   Status seal_group(const StepGroup& group);
+  Status evict_group(const StepGroup& group);
   // n_after: tokens of the group after the block's.
   Status seal_block(std::span<const LayerCache::Slot> oldest_first, std::uint32_t n_after,
                     std::uint32_t group);
   Status seal_held_values(std::uint32_t group);
-  std::uint32_t tokens_of(std::uint32_t group) const;
+  TokenGroup& find_group(std::uint32_t id);
+  void balance_keys(TokenGroup& group, const Slots& staged);
   Status gather_sealed(std::uint32_t group, format::BlockShape* shape, Slots* slots,
                        std::vector<std::uint8_t>* tiers);
 

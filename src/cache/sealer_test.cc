@@ -4,6 +4,7 @@
 
 #include <gtest/gtest.h>
 
+#include <cstring>
 #include <numeric>
 
 #include "cache/test_engine.h"
@@ -73,6 +74,63 @@ TEST(Sealer, RanksAsTheFormulasDo) {
       }
     }
   }
+}
+
+// b = sqrt(max |q| / max |k|) of the prompt; keys are stored times b, so 1/b is the factor. It is
+// frozen: later tokens use it too.
+TEST(Sealer, BalancesKeysByTheQueriesOfThePrompt) {
+  const TestDims dims;
+  TestEngine engine(dims, {{"policy", "mikv"}}, kernels::select_kernels("").value(), 1, 4);
+  constexpr std::uint32_t kPrompt = 60;
+  engine.step({{0, kPrompt}}, false);
+  for (int i = 0; i < 100; ++i) {
+    engine.step({{0, 1}}, false);
+  }
+  const std::uint32_t width = dims.n_kv_heads * dims.key_dim;
+  std::vector<float> key_max(width), query_max(width);
+  for (std::uint32_t position = 0; position < kPrompt; ++position) {
+    const auto keys = engine.row(0, position, 0, width);
+    const auto queries = engine.row(0, position, 2, width * dims.group);
+    for (std::uint32_t c = 0; c < width; ++c) {
+      key_max[c] = std::max(key_max[c], std::abs(round_to_half(keys[c])));
+    }
+    for (std::uint32_t c = 0; c < width * dims.group; ++c) {
+      const std::uint32_t channel = c / dims.key_dim / dims.group * dims.key_dim + c % dims.key_dim;
+      query_max[channel] = std::max(query_max[channel], std::abs(queries[c]));
+    }
+  }
+  int n_blocks = 0;
+  for (const Segment& segment : engine.cache().segments()) {
+    if (segment.block == nullptr) {
+      continue;
+    }
+    ++n_blocks;
+    const format::BlockLayout& layout = *segment.block->layout;
+    for (std::uint32_t c = 0; c < width; ++c) {
+      Half factor;
+      std::memcpy(&factor,
+                  segment.block->bytes.data() +
+                      layout.channel_factor(Tensor::kKey, c / dims.key_dim, 0) +
+                      c % dims.key_dim * sizeof factor,
+                  sizeof factor);
+      ASSERT_EQ(half_to_float(factor), round_to_half(std::sqrt(key_max[c] / query_max[c]))) << c;
+    }
+  }
+  EXPECT_EQ(n_blocks, 2);
+}
+
+// The newest 30 % are salient whatever their attention.
+TEST(Sealer, PutsTheNewestFirst) {
+  TestEngine engine({}, {{"policy", "mikv"}}, kernels::select_kernels("").value(), 1, 4);
+  engine.step({{0, 100}}, false);
+  const auto& segments = engine.cache().segments();
+  const auto sealed = std::find_if(segments.begin(), segments.end(),
+                                   [](const Segment& s) { return s.block != nullptr; });
+  ASSERT_NE(sealed, segments.end());
+  std::vector<std::uint8_t> tiers(100);
+  format::read_tiers(*sealed->block->layout, sealed->block->bytes.data(), 0, tiers.data());
+  EXPECT_EQ(std::count(tiers.begin(), tiers.end(), 0), 60);
+  EXPECT_EQ(std::count(tiers.begin() + 70, tiers.end(), 0), 30);
 }
 
 }  // namespace

@@ -119,6 +119,30 @@ class TestEngine {
   }
 
  private:
+  // The same where each KV head sees only the tokens that it did not evict.
+  ref::AttentionResult attention_of_heads(const ref::AttentionCase& c) const {
+    ref::AttentionResult all;
+    all.out.resize(c.n_rows * c.n_heads * c.value_dim);
+    all.weights.resize(c.n_rows * c.n_heads * c.n_tokens);
+    for (std::uint32_t head = 0; head < dims_.n_kv_heads; ++head) {
+      std::vector<std::uint8_t> visible(c.visible.begin(), c.visible.end());
+      for (std::size_t at = 0; at < visible.size(); ++at) {
+        visible[at] &= holds(static_cast<std::uint32_t>(at % c.n_tokens), head) ? 1 : 0;
+      }
+      ref::AttentionCase one = c;
+      one.visible = visible;
+      const ref::AttentionResult result = ref::attention(one, /*with_weights=*/true);
+      for (std::size_t row = 0; row < c.n_rows; ++row) {
+        for (std::size_t h = head * dims_.group; h < (head + 1) * dims_.group; ++h) {
+          const std::size_t at = row * c.n_heads + h;
+          std::copy_n(&result.out[at * c.value_dim], c.value_dim, &all.out[at * c.value_dim]);
+          std::copy_n(&result.weights[at * c.n_tokens], c.n_tokens, &all.weights[at * c.n_tokens]);
+        }
+      }
+    }
+    return all;
+  }
+
   std::uint32_t take_cell(bool scatter) {
     std::vector<std::uint32_t> free;
     for (std::uint32_t cell = 0; cell < dims_.n_cells; ++cell) {
@@ -173,7 +197,8 @@ class TestEngine {
     c.visible = visible;
     c.scale = scale;
     Outcome outcome;
-    ref::AttentionResult result = ref::attention(c, /*with_weights=*/true);
+    ref::AttentionResult result =
+        policy_->evicts ? attention_of_heads(c) : ref::attention(c, /*with_weights=*/true);
     outcome.expected = std::move(result.out);
     outcome.weights = std::move(result.weights);
     for (const float v : values) {
@@ -208,6 +233,22 @@ class TestEngine {
   }
 
  public:
+  // Whether a head has the token of a cell, that is, has not evicted it.
+  bool holds(std::uint32_t cell, std::uint32_t head) const {
+    const LayerCache::Slot slot = cache_->find(cell);
+    if (!slot.found()) {
+      return false;
+    }
+    const SealedBlock* block = cache_->segments()[slot.segment].block.get();
+    if (block == nullptr || !block->layout->evicts()) {
+      return true;
+    }
+    std::vector<std::uint32_t> order(block->n_tokens());
+    format::slot_order(*block->layout, block->bytes.data(), head, order.data());
+    const auto at = std::find(order.begin(), order.end(), slot.index) - order.begin();
+    return at < block->layout->class_tokens(Tensor::kKey, 0);
+  }
+
   // [n_cells, width] as the cache holds it.
   std::vector<float> held(Tensor tensor) const {
     const std::uint32_t width =

@@ -35,6 +35,13 @@ std::string describe_tensor(const TensorPolicy& tensor) {
   if (tensor.rules.rounding == quant::Rounding::kIntegerOffset) {
     text += ", integer offset";
   }
+  text += tensor.factors == Factors::kBalanced ? ", balanced by queries" : "";
+  if (tensor.rank != 0) {
+    text += ", rank " + std::to_string(tensor.rank);
+  }
+  if (tensor.outlier_bp != 0) {
+    text += ", " + percent_text(tensor.outlier_bp) + " % outliers";
+  }
   return text + ")";
 }
 
@@ -57,6 +64,11 @@ std::string describe(const Policy& policy) {
   if (!policy.seals()) {
     return text + ": every token exact";
   }
+  if (policy.evicts) {
+    return text + ": " + percent_text(policy.key.salient_bp) + " % of most attention and newest " +
+           percent_text(policy.hold_bp) + " % of the tokens exact, the others evicted " +
+           std::to_string(policy.seal_tokens) + " at a time (reference implementation)";
+  }
   const auto mode = policy.settings.find("mode");
   text += mode == policy.settings.end() ? "" : " " + mode->second;
   text += ": K " + describe_tensor(policy.key) + ", V " + describe_tensor(policy.value) + "; " +
@@ -65,6 +77,9 @@ std::string describe(const Policy& policy) {
     text += "; metric " + std::string(name_of(kMetrics, policy.metric)) + ", probes " +
             std::string(name_of(kProbeRules, policy.probes)) + ", seed " +
             std::to_string(policy.seed);
+  }
+  if (policy.recent_bp != 0) {
+    text += "; newest " + percent_text(policy.recent_bp) + " % first";
   }
   return text;
 }

@@ -169,6 +169,64 @@ TEST(MakePolicy, Kivi) {
             "key-bits: found '4,2', accepted widths are 2, 3, 4, 8; one for all tokens");
 }
 
+TEST(MakePolicy, Mikv) {
+  const Policy policy = policy_of({{"policy", "mikv"}});
+  for (const TensorPolicy* tensor : {&policy.key, &policy.value}) {
+    EXPECT_EQ(tensor->bits, (Bits{4, 2}));
+    EXPECT_EQ(tensor->salient_bp, 6000u);
+    EXPECT_EQ(tensor->token_params, TokenParams::kHalf);
+  }
+  EXPECT_EQ(policy.key.granularity, Granularity::kChannelSeparable);
+  EXPECT_EQ(policy.key.factors, Factors::kBalanced);
+  EXPECT_EQ(policy.value.granularity, Granularity::kTokenwise);
+  EXPECT_EQ(policy.metric, Metric::kAccumulated);
+  EXPECT_EQ(policy.probes, ProbeRule::kAll);
+  EXPECT_EQ(policy.recent_bp, 3000u);
+  EXPECT_EQ(policy_of({{"policy", "mikv"}, {"balancer", "off"}}).key.granularity,
+            Granularity::kTokenwise);
+  EXPECT_EQ(policy_of({{"policy", "mikv"}, {"value-bits", "16,2"}}).value.bits, (Bits{16, 2}));
+  EXPECT_EQ(error_of({{"policy", "mikv"}, {"key-bits", "16,16"}}),
+            "key-bits: found '16,16', accepted widths are 2, 3, 4, 8 and for HI 16 as HI or HI,LO");
+  EXPECT_EQ(error_of({{"policy", "mikv"}, {"balancer", "yes"}}),
+            "balancer: found 'yes', accepted: on, off");
+}
+
+TEST(MakePolicy, H2o) {
+  const Policy policy = policy_of({{"policy", "h2o"}});
+  EXPECT_TRUE(policy.evicts);
+  EXPECT_EQ(policy.key.bits, (Bits{format::kExactBits, format::kEvictedBits}));
+  EXPECT_EQ(policy.key.salient_bp, 1000u);
+  EXPECT_EQ(policy.hold_bp, 1000u);
+  EXPECT_EQ(policy.metric, Metric::kAccumulated);
+  EXPECT_EQ(policy.probes, ProbeRule::kAll);
+  EXPECT_EQ(error_of({{"policy", "h2o"}, {"heavy", "120"}}),
+            "heavy: found '120', accepted: percent from 0 to 100 with up to two decimals");
+}
+
+TEST(MakePolicy, Gear) {
+  const Policy policy = policy_of({{"policy", "gear"}});
+  EXPECT_EQ(policy.key.granularity, Granularity::kChannelwise);
+  EXPECT_EQ(policy.value.granularity, Granularity::kTokenwise);
+  for (const TensorPolicy* tensor : {&policy.key, &policy.value}) {
+    EXPECT_EQ(tensor->bits[0], 4);
+    EXPECT_EQ(tensor->rank, 4);
+    EXPECT_EQ(tensor->small_block_rank, 2);
+    EXPECT_EQ(tensor->outlier_bp, 200u);
+  }
+  EXPECT_EQ(policy.key.group_tokens, 0);
+  EXPECT_EQ(policy.seal_tokens, 20u);
+  EXPECT_TRUE(policy.seal_chunks);
+  const Policy low = policy_of({{"policy", "gear"}, {"key-bits", "2"}, {"value-bits", "2"}});
+  EXPECT_EQ(low.key.group_tokens, 64);
+  EXPECT_EQ(low.value.group_channels, 64);
+  EXPECT_EQ(low.seal_tokens, 64u);
+  EXPECT_EQ(policy_of({{"policy", "gear-l"}}).key.outlier_bp, 0u);
+  EXPECT_EQ(error_of({{"policy", "gear-l"}, {"outliers", "2"}})
+                .find("outliers: does not apply to policy 'gear-l', which takes policy, key-bits"),
+            0u);
+  EXPECT_EQ(error_of({{"policy", "gear"}, {"rank", "17"}}), "rank: found '17', accepted: 0..16");
+}
+
 TEST(MakePolicy, Fp16) {
   const Policy policy = policy_of({{"policy", "fp16"}});
   EXPECT_EQ(policy.name, "fp16");
@@ -356,13 +414,14 @@ TEST(SettingHelp, NamesEverySettingOnce) {
     const std::string error = error_of({{help.name, "no such value"}});
     EXPECT_EQ(error.find(help.name + ": "), 0u) << error;
   }
-  EXPECT_EQ(names, (std::set<std::string>{"policy",          "mode",        "key-bits",
-                                          "value-bits",      "key-salient", "value-salient",
-                                          "key-clip",        "value-clip",  "granularity",
-                                          "group",           "residual",    "value-params",
-                                          "sinks",           "hold",        "seal",
-                                          "block",           "metric",      "probes",
-                                          "probe-positions", "seed"}));
+  EXPECT_EQ(
+      names,
+      (std::set<std::string>{
+          "policy",   "mode",       "key-bits",    "value-bits", "key-salient", "value-salient",
+          "key-clip", "value-clip", "granularity", "group",      "residual",    "value-params",
+          "sinks",    "hold",       "seal",        "block",      "heavy",       "recent",
+          "balancer", "rank",       "outliers",    "metric",     "probes",      "probe-positions",
+          "seed"}));
 }
 
 TEST(PolicyHelp, NamesEveryPolicyAndItsDefaults) {
@@ -417,6 +476,13 @@ TEST(ToSettings, MakesTheSamePolicyAgain) {
       {{"mode", "paper"}},
       {{"policy", "kivi"}, {"key-bits", "4"}, {"value-bits", "4"}, {"residual", "32"}},
       {{"policy", "kivi"}, {"residual", "0"}},
+      {{"policy", "h2o"}},
+      {{"policy", "h2o"}, {"heavy", "20"}, {"recent", "0"}, {"seal", "1"}},
+      {{"policy", "gear"}},
+      {{"policy", "mikv"}},
+      {{"policy", "mikv"}, {"key-bits", "16,3"}, {"balancer", "off"}, {"recent", "12.5"}},
+      {{"policy", "gear"}, {"key-bits", "2"}, {"value-bits", "2"}, {"outliers", "1.5"}},
+      {{"policy", "gear-l"}, {"rank", "8"}},
       {{"mode", "official"}, {"seal", "50"}, {"block", "1000"}},
       {{"key-bits", "3"}, {"value-salient", "33.33"}, {"metric", "random"}, {"seed", "77"}},
       {{"key-salient", "0.1"}, {"value-salient", "99.05"}, {"probes", "last"}, {"sinks", "8"}},

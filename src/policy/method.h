@@ -34,5 +34,9 @@ Method zipcache_method();  // zipcache.cc
 Method fp16_method();      // fp16.cc
 Method uniform_method();   // uniform.cc
 Method kivi_method();      // kivi.cc
+Method h2o_method();       // h2o.cc
+Method mikv_method();      // mikv.cc
+Method gear_method();      // gear.cc
+Method gear_l_method();    // gear.cc
 
 }  // namespace zipcache::policy

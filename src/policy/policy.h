@@ -17,17 +17,28 @@
 
 namespace zipcache::policy {
 
+// Where the channel factors of a channel-separable tensor come from.
+enum class Factors : std::uint8_t {
+  kOwn,       // the tokens that are quantized together: sqrt(max |x|)
+  kBalanced,  // keys: sqrt(max |k| / max |q|) of the sequence up to its first sealing, then frozen
+};
+
 struct TensorPolicy {
   format::Granularity granularity = format::Granularity::kChannelwise;
   format::TokenParams token_params = format::TokenParams::kHalf;
+  Factors factors = Factors::kOwn;
   bool class_factors = false;
   bool slot_shared = false;
   std::uint16_t group_channels = 0;  // 0 = head_dim
   std::uint8_t n_classes = 1;
   std::array<std::uint8_t, 2> bits{4, 2};
-  std::uint32_t salient_bp = 10000;  // share of tokens in class 0, basis points
-  std::uint32_t class_multiple = 1;  // class 0 counts are rounded to this
-  std::uint16_t group_tokens = 0;    // channelwise: tokens that share a scale, 0 = the block's
+  std::uint32_t salient_bp = 10000;   // share of tokens in class 0, basis points
+  std::uint32_t class_multiple = 1;   // class 0 counts are rounded to this
+  std::uint16_t group_tokens = 0;     // channelwise: tokens that share a scale, 0 = the block's
+  std::uint8_t rank = 0;              // of the low-rank term
+  std::uint8_t small_block_rank = 0;  // the same in blocks of up to small_block_tokens
+  std::uint32_t small_block_tokens = 0;
+  std::uint32_t outlier_bp = 0;  // share of each channel (K) or token (V) that is kept as outliers
   quant::TensorRules rules;
 };
 
@@ -46,6 +57,10 @@ struct Policy {
   std::uint32_t sink_tokens = 4;
   std::uint32_t hold_tokens = 28;
   std::uint32_t seal_tokens = 64;
+  std::uint32_t hold_bp = 0;  // held at least: this share of the sequence's tokens so far
+  // Eviction: class 1 has width 0, class 0 is key.salient_bp of the tokens of the sequence so far.
+  // Sealed tokens go on receiving attention and are ranked again with every sealing.
+  bool evicts = false;
   std::uint32_t seal_multiple = 32;
   std::uint32_t block_tokens = 512;
   bool seal_chunks = false;
@@ -62,6 +77,7 @@ struct Policy {
   saliency::Metric metric = saliency::Metric::kNormalized;
   saliency::ProbeRule probes = saliency::ProbeRule::kDefault;
   std::vector<std::uint32_t> probe_positions;  // ProbeRule::kSpecial
+  std::uint32_t recent_bp = 0;  // share of a block's tokens, the newest, that rank above all others
   std::uint64_t seed = 0;
 
   bool seals() const { return !keeps_exact; }

@@ -8,15 +8,26 @@
 namespace zipcache::policy {
 namespace {
 
+// An even number of the `length` elements of a vector: as many of the largest as of the smallest.
+std::uint16_t outlier_count(std::uint32_t length, std::uint32_t share_bp) {
+  constexpr std::uint64_t kHalves = 20000;
+  const std::uint64_t half = (std::uint64_t{length} * share_bp + kHalves / 2) / kHalves;
+  return static_cast<std::uint16_t>(std::min<std::uint64_t>(2 * half, length / 2 * 2));
+}
+
+// `vector`: elements of a channel of K, or of a token of V.
 format::TensorFormat tensor_format(const Policy& policy, const TensorPolicy& tensor,
-                                   std::uint32_t n_tokens) {
+                                   std::uint32_t n_tokens, std::uint32_t vector) {
   format::TensorFormat format;
   format.granularity = tensor.granularity;
   format.token_params = tensor.token_params;
   format.class_factors = tensor.class_factors;
+  format.given_factors = tensor.factors != Factors::kOwn;
   format.slot_shared = tensor.slot_shared;
   format.group_channels = tensor.group_channels;
   format.group_tokens = tensor.group_tokens;
+  format.rank = n_tokens <= tensor.small_block_tokens ? tensor.small_block_rank : tensor.rank;
+  format.outliers = outlier_count(vector, tensor.outlier_bp);
   format.n_classes = tensor.n_classes;
   format.bits = tensor.bits;
   if (tensor.n_classes == 2) {
@@ -56,8 +67,8 @@ format::BlockShape block_shape(const Policy& policy, std::uint32_t n_tokens,
   shape.n_kv_heads = n_kv_heads;
   shape.key_dim = key_dim;
   shape.value_dim = value_dim;
-  shape.key = tensor_format(policy, policy.key, n_tokens);
-  shape.value = tensor_format(policy, policy.value, n_tokens);
+  shape.key = tensor_format(policy, policy.key, n_tokens, n_tokens);
+  shape.value = tensor_format(policy, policy.value, n_tokens, value_dim);
   if (hold_values) {
     shape.value = {.granularity = format::Granularity::kTokenwise,
                    .bits = {format::kExactBits, format::kExactBits}};

@@ -157,6 +157,18 @@ TEST(BlockShape, UniformHasOneClass) {
                                              .bits = {4, 4}}));
 }
 
+TEST(BlockShape, GearRoundsOutliersAndLowersTheRankOfBuffers) {
+  const Policy policy = policy_of({{"policy", "gear"}});
+  const format::BlockShape prompt = block_shape(policy, 1024, 8, 128, 128);
+  EXPECT_EQ(prompt.key.rank, 4);
+  EXPECT_EQ(prompt.key.outliers, 20);   // 10.24 of the largest, as many of the smallest
+  EXPECT_EQ(prompt.value.outliers, 2);  // 1.28
+  const format::BlockShape buffer = block_shape(policy, 20, 8, 128, 128);
+  EXPECT_EQ(buffer.key.rank, 2);
+  EXPECT_EQ(buffer.key.outliers, 0);  // 0.2
+  EXPECT_EQ(block_shape(policy, 3, 8, 128, 16).value.outliers, 0);
+}
+
 TEST(BlockShape, Fp16HasNone) {
   EXPECT_THROW(block_shape(policy_of({{"policy", "fp16"}}), 256, 3, 64, 64), ContractViolation);
 }

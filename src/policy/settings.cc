@@ -157,8 +157,10 @@ const std::vector<SettingHelp>& setting_words() {
        "what the cache does with its tokens: the table of policies"},
       {"mode", "default, paper, official",
        "where the defaults of zipcache come from: measured here, the paper, or the published code"},
-      {"key-bits", "HI,LO or one width, of 2, 3, 4, 8", "bits of salient and of other keys"},
-      {"value-bits", "HI,LO or one width, of 2, 3, 4, 8", "bits of salient and of other values"},
+      {"key-bits", "HI,LO or one width, of 2, 3, 4, 8; HI of mikv also 16",
+       "bits of salient and of other keys"},
+      {"value-bits", "HI,LO or one width, of 2, 3, 4, 8; HI of mikv also 16",
+       "bits of salient and of other values"},
       {"key-salient", "0..100 percent, two decimals", "share of the tokens whose keys are salient"},
       {"value-salient", "0..100 percent, two decimals",
        "share of the tokens whose values are salient"},
@@ -169,8 +171,8 @@ const std::vector<SettingHelp>& setting_words() {
       {"granularity", "channelwise+cst, channelwise+tokenwise, tokenwise, groupwise",
        "what shares a scale, for keys and for values"},
       {"group", "16..512 in steps of 16",
-       "channels of a token that share a scale (uniform: with granularity groupwise); kivi: also "
-       "tokens of a channel"},
+       "channels of a token that share a scale (uniform: with granularity groupwise); kivi and "
+       "gear: also tokens of a channel, 0 for all of a block (gear)"},
       {"residual", "0 or a multiple of group up to 4096",
        "tokens that kivi keeps exact: keys are quantized so many at a time, values when so many "
        "newer ones are there"},
@@ -179,16 +181,26 @@ const std::vector<SettingHelp>& setting_words() {
       {"hold", "0..65536",
        "newest tokens, not yet quantized; where it is 28, it fills up the sinks to a multiple of "
        "32"},
-      {"seal", "32..65536 in steps of 32; paper and official 16..65536",
+      {"seal", "32..65536 in steps of 32; paper, official, gear and mikv 16..65536, h2o 1..65536",
        "staged tokens that start a quantization"},
-      {"block", "0 or 32..65536 in steps of 32; paper and official 0 or 16..65536",
+      {"block", "0 or 32..65536 in steps of 32; paper, official and mikv 0 or 16..65536",
        "most tokens of one block, 0 for no limit"},
+      {"rank", "0..16",
+       "of the low-rank term, per head of a block; at most 2 in blocks of decoded tokens"},
+      {"outliers", "0..100 percent, two decimals",
+       "share of each key channel and value token that is kept exact, with its place"},
       {"metric", "normalized, accumulated, official, random, locality, last-token, roco",
        "what makes a token salient; the mean of RoCo alone is normalized with probes all"},
       {"probes", "default, official, all, recent, random, last, special",
        "queries whose attention is measured; metric last-token has the last one, roco all"},
       {"probe-positions", "ascending numbers or ranges, 0,3,10-19; each below 16777216",
        "with probes special: where in each sequence the special tokens are (a cache sees no text)"},
+      {"heavy", "0..100 percent, two decimals",
+       "share of the tokens so far that h2o keeps for the attention they received"},
+      {"recent", "0..100 percent, two decimals",
+       "h2o: share of the tokens so far that are kept because they are the newest; mikv: share of "
+       "the tokens quantized together that are salient because they are the newest"},
+      {"balancer", "on, off", "divide keys by what their channel's queries make of them (MiKV)"},
       {"seed", "0..18446744073709551615", "chooses the random probes"},
   };
   return words;
@@ -301,17 +313,22 @@ std::uint32_t SettingReader::percent(std::string_view name, std::uint32_t fallba
 }
 
 std::vector<std::uint8_t> SettingReader::bits(std::string_view name, std::size_t max_classes,
-                                              std::vector<std::uint8_t> fallback) {
+                                              std::vector<std::uint8_t> fallback, bool exact_high) {
   resolve(name, numbers_text<std::uint8_t>(fallback));
   const std::string* text = find(name);
   if (text == nullptr) {
     return fallback;
   }
   const auto widths = parse_list<std::uint8_t>(*text);
+  const auto is_width = [&](const std::uint8_t& width) {
+    return format::is_code_width(width) ||
+           (exact_high && widths->size() == 2 && &width == widths->data() &&
+            width == format::kExactBits);
+  };
   if (!widths || widths->size() > max_classes ||
-      !std::all_of(widths->begin(), widths->end(), format::is_code_width)) {
+      !std::all_of(widths->begin(), widths->end(), is_width)) {
     fail(name, *text,
-         "accepted widths are " + std::string(kWidths) +
+         "accepted widths are " + std::string(kWidths) + (exact_high ? " and for HI 16" : "") +
              (max_classes == 1 ? "; one for all tokens" : " as HI or HI,LO"));
     return fallback;
   }

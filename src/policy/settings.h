@@ -66,9 +66,10 @@ class SettingReader {
   std::uint64_t seed(std::string_view name, std::uint64_t fallback);
   // Percent with up to two decimals, as basis points.
   std::uint32_t percent(std::string_view name, std::uint32_t fallback_bp);
-  // HI,LO with HI >= LO (if max_classes is 2), or one width: as many as there are classes.
+  // HI,LO with HI >= LO (if max_classes is 2), or one width: as many as there are classes. With
+  // `exact_high` HI may be 16.
   std::vector<std::uint8_t> bits(std::string_view name, std::size_t max_classes,
-                                 std::vector<std::uint8_t> fallback);
+                                 std::vector<std::uint8_t> fallback, bool exact_high = false);
   // Ascending numbers and ranges, "0,3,10-19"; none when absent.
   std::vector<std::uint32_t> positions(std::string_view name);
   // One fraction in (0, 1] for each class, or one for all.

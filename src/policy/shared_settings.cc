@@ -12,9 +12,9 @@ constexpr std::uint32_t kMinBlockTokens = 16;
 }  // namespace
 
 void read_tensor(SettingReader& in, const std::string& name, std::size_t max_classes,
-                 float (*default_clip)(int bits), TensorPolicy& tensor) {
+                 float (*default_clip)(int bits), TensorPolicy& tensor, bool exact_high) {
   std::vector<std::uint8_t> bits(tensor.bits.begin(), tensor.bits.begin() + tensor.n_classes);
-  bits = in.bits(name + "-bits", max_classes, bits);
+  bits = in.bits(name + "-bits", max_classes, bits, exact_high);
   tensor.n_classes = static_cast<std::uint8_t>(bits.size());
   tensor.bits = {bits.front(), bits.back()};
   if (tensor.n_classes == 1) {

@@ -15,7 +15,7 @@ inline constexpr std::uint32_t kFillWindow = UINT32_MAX;
 // NAME-bits, NAME-salient (if there may be two classes) and NAME-clip; `name` is "key" or "value".
 // default_clip is nullptr where the preset clips nothing.
 void read_tensor(SettingReader& in, const std::string& name, std::size_t max_classes,
-                 float (*default_clip)(int bits), TensorPolicy& tensor);
+                 float (*default_clip)(int bits), TensorPolicy& tensor, bool exact_high = false);
 
 // Channels that share a scale.
 std::uint16_t read_group(SettingReader& in, std::string_view name, std::uint16_t fallback);

@@ -2,6 +2,7 @@
 // channel-separable ones by their channel factors, find ranges, turn them into grids, write codes
 // and parameters.
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -337,7 +338,7 @@ void encode_block(const BlockLayout& layout, const QuantRules& rules, std::span<
   ZC_CHECK(values.size() == tensor_size(layout, Tensor::kValue));
   ZC_CHECK(tiers.size() == n_tokens * layout.shape().n_kv_heads ||
            (tiers.empty() && layout.n_tiers() == 1));
-  std::memset(block, 0, layout.total_bytes());
+  std::fill_n(block, layout.total_bytes(), std::byte{0});
   if (layout.n_tiers() > 1) {
     for (std::uint32_t head = 0; head < layout.shape().n_kv_heads; ++head) {
       format::write_tiers(layout, block, head, &tiers[head * n_tokens]);
@@ -374,7 +375,7 @@ void replace_values(const BlockLayout& from, const std::byte* block, const Block
   ZC_CHECK(from.shape().key == layout.shape().key &&
            from.shape().n_tokens == layout.shape().n_tokens);
   ZC_CHECK(values.size() == tensor_size(layout, Tensor::kValue));
-  std::memset(out, 0, layout.total_bytes());
+  std::fill_n(out, layout.total_bytes(), std::byte{0});
   std::vector<std::uint8_t> tiers(layout.shape().n_tokens);
   for (std::uint32_t head = 0; head < layout.shape().n_kv_heads; ++head) {
     format::read_tiers(from, block, head, tiers.data());
