@@ -243,7 +243,7 @@ Status Attention::commit() {
                          static_cast<std::uint32_t>(seen));
     }
   }
-  const Status sealed = m.sealer->end_step();
+  Status sealed = m.sealer->end_step();
   m.sealer.reset();
   return sealed;
 }

@@ -297,7 +297,7 @@ Status Sealer::seal_held_values(std::uint32_t group) {
     }
     const format::BlockShape shape = policy::block_shape(
         policy, block->n_tokens(), cache_.n_kv_heads(), cache_.key_dim(), cache_.value_dim());
-    const Status sealed = cache_.seal_values(id, shape.value);
+    Status sealed = cache_.seal_values(id, shape.value);
     if (!sealed) {
       return sealed;
     }

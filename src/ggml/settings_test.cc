@@ -123,7 +123,8 @@ TEST(Docs, PoliciesTable) {
   for (const policy::PolicyHelp& help : policy::policy_help()) {
     std::string defaults;
     for (const auto& [name, text] : help.defaults) {
-      defaults += (defaults.empty() ? "`" : " ") + name + "=" + text;
+      defaults += defaults.empty() ? "`" : " ";
+      defaults.append(name).append("=").append(text);
     }
     defaults += defaults.empty() ? "none" : "`";
     table += "| `" + help.name + "` | " + help.summary + " | " + defaults + " |\n";

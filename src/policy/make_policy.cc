@@ -30,7 +30,7 @@ PolicyHelp help_of(const Method& method, const Method::Mode& mode) {
 }  // namespace
 
 const std::vector<PolicyHelp>& policy_help() {
-  static const std::vector<PolicyHelp> help = [] {
+  static const std::vector<PolicyHelp> kHelp = [] {
     std::vector<PolicyHelp> all;
     for (const Method& method : methods()) {
       all.push_back(help_of(method, {"", method.summary}));
@@ -40,11 +40,11 @@ const std::vector<PolicyHelp>& policy_help() {
     }
     return all;
   }();
-  return help;
+  return kHelp;
 }
 
 const std::vector<SettingHelp>& setting_help() {
-  static const std::vector<SettingHelp> help = [] {
+  static const std::vector<SettingHelp> kHelp = [] {
     std::vector<SettingHelp> all = setting_words();
     const PolicyHelp& defaults = policy_help().front();
     for (SettingHelp& setting : all) {
@@ -57,7 +57,7 @@ const std::vector<SettingHelp>& setting_help() {
     }
     return all;
   }();
-  return help;
+  return kHelp;
 }
 
 Expected<Policy> make_policy(const std::map<std::string, std::string>& settings) {

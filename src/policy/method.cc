@@ -3,11 +3,11 @@
 namespace zipcache::policy {
 
 std::span<const Method> methods() {
-  static const std::vector<Method> all = {
+  static const std::vector<Method> kAll = {
       zipcache_method(), fp16_method(), uniform_method(), h2o_method(),
       mikv_method(),     kivi_method(), gear_method(),    gear_l_method(),
   };
-  return all;
+  return kAll;
 }
 
 std::vector<std::string_view> method_names() {

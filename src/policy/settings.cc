@@ -152,7 +152,7 @@ std::string float_text(float value) {
 }
 
 const std::vector<SettingHelp>& setting_words() {
-  static const std::vector<SettingHelp> words = {
+  static const std::vector<SettingHelp> kWords = {
       {"policy", list_of(method_names()),
        "what the cache does with its tokens: the table of policies"},
       {"mode", "default, paper, official",
@@ -203,7 +203,7 @@ const std::vector<SettingHelp>& setting_words() {
       {"balancer", "on, off", "divide keys by what their channel's queries make of them (MiKV)"},
       {"seed", "0..18446744073709551615", "chooses the random probes"},
   };
-  return words;
+  return kWords;
 }
 
 const std::string* SettingReader::find(std::string_view name) const {
