@@ -3,6 +3,7 @@
 #pragma once
 
 #include <bit>
+#include <cstddef>
 #include <cstdint>
 
 namespace zipcache {
@@ -39,6 +40,18 @@ inline Half float_to_half(float value) {
   }
   const std::uint32_t odd = (magnitude >> 13) & 1u;
   return static_cast<Half>(sign | ((magnitude - 0x38000000u + 0xfffu + odd) >> 13));
+}
+
+// half_to_float of n elements, without a branch, so that it becomes vector code. Exact, subnormals
+// included.
+inline void halves_to_floats(const Half* from, std::size_t n, float* to) {
+  for (std::size_t i = 0; i < n; ++i) {
+    const auto sign = static_cast<std::uint32_t>(from[i] & 0x8000u) << 16;
+    const auto bits = static_cast<std::uint32_t>(from[i] & 0x7fffu) << 13;
+    const auto finite = std::bit_cast<std::uint32_t>(std::bit_cast<float>(bits) * 0x1p112f);
+    const std::uint32_t special = bits | 0x7f800000u;  // infinity or NaN
+    to[i] = std::bit_cast<float>(sign | (bits >= 0x0f800000u ? special : finite));
+  }
 }
 
 // The value after a trip through fp16.

@@ -3,8 +3,12 @@
 
 #include <gtest/gtest.h>
 
+#include <bit>
 #include <cmath>
+#include <cstdint>
 #include <limits>
+#include <numeric>
+#include <vector>
 
 #include "base/philox.h"
 
@@ -92,6 +96,18 @@ TEST(Half, AgreesWithF16C) {
   }
 }
 #endif
+
+TEST(Half, ManyToFloatsAreAsEachAlone) {
+  std::vector<Half> halves(0x10000);
+  std::iota(halves.begin(), halves.end(), Half{0});
+  std::vector<float> floats(halves.size());
+  halves_to_floats(halves.data(), halves.size(), floats.data());
+  for (std::size_t i = 0; i < halves.size(); ++i) {
+    ASSERT_EQ(std::bit_cast<std::uint32_t>(floats[i]),
+              std::bit_cast<std::uint32_t>(half_to_float(halves[i])))
+        << "half " << i;
+  }
+}
 
 }  // namespace
 }  // namespace zipcache

@@ -220,6 +220,9 @@ class LayerCache {
   void reset_statistics(StagingPage& page, std::uint32_t slot);
   void write_row(Tensor tensor, const Slot& slot, const RowsView& rows, std::size_t row);
   void read_staged(const Slot& slot, Tensor tensor, float* row) const;
+  // Row i of both is that of slots[order[i]].
+  void read_staged(std::span<const Slot> slots, std::span<const std::uint32_t> order, float* keys,
+                   float* values) const;
   std::vector<float> decode(std::uint32_t segment, Tensor tensor) const;
   void move_token(std::uint32_t from_page, std::uint32_t to_page);
   void compact_block(SealedBlock& block);

@@ -40,13 +40,12 @@ Status LayerCache::seal(std::span<const Slot> slots, const SealAs& as,
     std::vector<std::uint8_t> sorted_tiers(tiers.size());
     for (std::size_t token = 0; token < n; ++token) {
       const Slot& slot = slots[order[token]];
-      read_staged(slot, Tensor::kKey, keys.data() + token * shape_.key_row);
-      read_staged(slot, Tensor::kValue, values.data() + token * shape_.value_row);
       cells[token] = cell_of(slot);
       for (std::size_t head = 0; head * n < tiers.size(); ++head) {
         sorted_tiers[head * n + token] = tiers[head * n + order[token]];
       }
     }
+    read_staged(slots, order, keys.data(), values.data());
     quant::QuantRules rules = policy_->quant_rules();
     rules.key.given_factors = as.key_factors;
     quant::encode_block(*block->layout, rules, keys, values, sorted_tiers, block->bytes.data());
