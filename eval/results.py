@@ -29,11 +29,10 @@ WIKI = "wikitext2/wiki.test.raw"
 MOBY_DICK = "books/pg2701_moby_dick.txt"
 WAR_AND_PEACE = "books/pg2600_war_and_peace.txt"
 
-# A policy that the build does not know is left out, and said so.
-FRONTIER = ["q8_0", "q4_0", "policy=fp16", "default", "kv-bits=2.8", "kv-bits=2.4", "mode=paper",
+FRONTIER = ["q8_0", "q4_0", "policy=fp16", "default", "mode=paper",
             "policy=kivi,key-bits=4,value-bits=4", "policy=kivi,key-bits=2,value-bits=2",
-            "policy=gear", "policy=mikv", "policy=h2o", "policy=skvq"]
-LONG = ["q4_0", "default", "kv-bits=2.8", "kv-bits=2.4", "mode=paper"]
+            "policy=gear", "policy=mikv", "policy=h2o"]
+LONG = ["q4_0", "default", "mode=paper"]
 UNIFORM = [f"policy=uniform,granularity={granularity},key-bits={bits},value-bits={bits}"
            for bits in (4, 2)
            for granularity in ("tokenwise", "channelwise+tokenwise", "groupwise",
@@ -42,7 +41,7 @@ METRICS = ["mode=paper", *(f"mode=paper,metric={metric}"
                            for metric in ("accumulated", "last-token", "locality", "random"))]
 PROBES = ["mode=paper,key-salient=40,value-salient=40",
           *(f"mode=paper,key-salient=40,value-salient=40,probes={probes}"
-            for probes in ("all", "recent", "random", "special"))]
+            for probes in ("all", "recent", "random"))]
 LINES = ["q4_0", "default", "mode=paper", "policy=mikv",
          "policy=kivi,key-bits=2,value-bits=2", "policy=h2o"]
 
@@ -88,21 +87,8 @@ RUNS = [
 SMOKE_POLICIES = 2
 
 
-def known_policies(args, run):
-    """Those that this build has."""
-    known = []
-    for policy in run.policies:
-        if policy in ("q8_0", "q4_0"):
-            known.append(policy)
-            continue
-        done = subprocess.run([args.build / "bin" / "zipcache", "ratio", "--tokens", "64", policy],
-                              capture_output=True, text=True, env=harness.environment())
-        if done.returncode == 0:
-            known.append(policy)
-        else:
-            reason = done.stderr.strip().split("; known:")[0]
-            print(f"results: {run.name}: left out: {reason}", file=sys.stderr)
-    return known[:SMOKE_POLICIES] if args.smoke else known
+def policies_of(args, run):
+    return run.policies[:SMOKE_POLICIES] if args.smoke else run.policies
 
 
 def zipcache(args, *command):
@@ -116,7 +102,7 @@ def zipcache(args, *command):
 def measure_ratio(args, run, folder):
     folder.mkdir(parents=True, exist_ok=True)
     report_file = folder / "ratio.json"
-    zipcache(args, "ratio", "-m", run.model, *known_policies(args, run), "--json", report_file)
+    zipcache(args, "ratio", "-m", run.model, *policies_of(args, run), "--json", report_file)
     report = json.loads(report_file.read_text())
     shared = {"model": run.model.name, "tokens_per_step": report["tokens_per_step"],
               "layers": report["layers"]}
@@ -128,7 +114,7 @@ def measure_accuracy(args, run, folder):
     options = run.smoke if args.smoke else run.options
     flags = [part for flag, value in options.items() for part in (flag, value)]
     zipcache(args, "eval", "-m", run.model, "--task", run.task, *flags, "-t", args.threads, "--out",
-             folder, *known_policies(args, run))
+             folder, *policies_of(args, run))
     return harness.read(folder, "results.jsonl")
 
 
