@@ -237,6 +237,7 @@ void LayerCache::release(std::uint32_t cell) {
     block.dead.resize(block.n_tokens());
   }
   block.dead[slot.index] = true;
+  lost_sealed_tokens_ = true;
   if (--block.n_live == 0) {
     free_segment(slot.segment);
   }
@@ -255,6 +256,7 @@ void LayerCache::clear() {
   next_arrival_ = 0;
   next_group_ = 0;
   n_live_ = 0;
+  lost_sealed_tokens_ = false;
   n_evicted_ = 0;
 }
 
@@ -304,6 +306,7 @@ Status LayerCache::copy_from(const LayerCache& other) {
   next_arrival_ = other.next_arrival_;
   next_group_ = other.next_group_;
   n_live_ = other.n_live_;
+  lost_sealed_tokens_ = other.lost_sealed_tokens_;
   n_evicted_ = other.n_evicted_;
   return ok_status();
 }

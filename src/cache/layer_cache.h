@@ -241,7 +241,8 @@ class LayerCache {
   std::uint32_t next_arrival_ = 0;
   std::uint32_t next_group_ = 0;
   std::uint64_t n_live_ = 0;
-  std::uint64_t n_evicted_ = 0;  // cells that hold nothing but were not overwritten
+  bool lost_sealed_tokens_ = false;  // since the last compact_blocks()
+  std::uint64_t n_evicted_ = 0;      // cells that hold nothing but were not overwritten
   friend class Sealer;
 };
 

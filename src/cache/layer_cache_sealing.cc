@@ -181,6 +181,9 @@ void LayerCache::compact_staging() {
 }
 
 void LayerCache::compact_blocks() {
+  if (!lost_sealed_tokens_) {
+    return;  // what could not shrink then can't now
+  }
   for (Segment& segment : segments_) {
     if (segment.block != nullptr && 2 * segment.block->n_live <= segment.block->n_tokens()) {
       try {
@@ -190,6 +193,7 @@ void LayerCache::compact_blocks() {
       }
     }
   }
+  lost_sealed_tokens_ = false;
 }
 
 void LayerCache::compact_block(SealedBlock& block) {
