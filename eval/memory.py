@@ -2,9 +2,10 @@
 """Does the cache take the memory that it reports? Measured from outside, by /proc/PID/smaps.
 
 Runs `zipcache run` on the first tokens of a text, few and many, and compares how much the process
-grows in between with how much the reported cache grows. A run with policy fp16, whose cache is
-nothing but the tokens, tells how much the rest of the process grows with the context; that is taken
-off. Counted are private anonymous pages outside of NORESERVE mappings (the host's compute buffers).
+grows in between with how much the reported cache grows. A run without the plug-in, whose cache is
+written whole when it is opened, tells how much the rest of the process grows with the context; that
+is taken off. Counted are all private anonymous pages: also those of NORESERVE mappings, since the
+C library takes the memory of every thread but the first from such.
 
     eval/memory.py                     the default list of policies, 2000 to 8000 tokens
     eval/memory.py --tokens 4000 mode=paper
@@ -21,25 +22,21 @@ from pathlib import Path
 import harness
 import tables
 
-POLICIES = ["default", "mode=paper", "policy=uniform"]
+POLICIES = ["default", "mode=paper", "policy=uniform", "policy=fp16"]
+PLAIN = "plain"  # llama.cpp's own cache
 TOLERANCE = 0.05
 POLL_SECONDS = 0.02
 TEXT_BYTES_PER_TOKEN = 8  # ample; turning a whole book into tokens would take memory, too
 
 
 def anonymous_bytes(pid):
-    """Private anonymous memory of a process outside NORESERVE mappings; None when it has ended."""
+    """Private anonymous memory of a process; None when it has ended."""
     try:
-        text = Path(f"/proc/{pid}/smaps").read_text()
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    total, kib = 0, None
-    for line in text.splitlines():
-        if found := re.match(r"Anonymous:\s+(\d+) kB", line):
-            kib = int(found.group(1))
-        elif line.startswith("VmFlags:") and " nr" not in line:
-            total += kib * 1024
-    return total or None
+    found = re.search(r"^Anonymous:\s+(\d+) kB", text, re.MULTILINE)
+    return int(found.group(1)) * 1024 if found else None
 
 
 def measure(args, spec, n_tokens, folder):
@@ -49,8 +46,11 @@ def measure(args, spec, n_tokens, folder):
     command = [args.build / "bin" / "zipcache", "run", "-m", args.model, "--raw", "--file", text,
                "--max-prompt-tokens", n_tokens, "-n", 16, "-c", args.tokens + 64,
                "-t", args.threads, "--json", report]
-    for name, value in harness.settings_of(spec).items():
-        command += ["--" + name, value]
+    if spec == PLAIN:
+        command += ["--plain"]
+    else:
+        for name, value in harness.settings_of(spec).items():
+            command += ["--" + name, value]
     print(f"memory: {spec}, {n_tokens} tokens", file=sys.stderr, flush=True)
     most = 0
     with subprocess.Popen(list(map(str, command)), env=harness.environment(), text=True,
@@ -85,8 +85,9 @@ def main():
     meta = harness.run_meta(args.build)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        held, reported, _ = growth(args, "policy=fp16", folder)
-        rest = held - reported
+        few, _ = measure(args, PLAIN, args.from_tokens, folder)
+        many, _ = measure(args, PLAIN, args.tokens, folder)
+        rest = many - few
         for spec in args.policies or POLICIES:
             held, reported, report = growth(args, spec, folder)
             rows.append({"task": "memory", "model": args.model.name, "data": args.data.name,
