@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Usage: eval/speed.sh [op|prefill|length|kernels|smollm2|llama3]...     (default: all, in turn)
+# Usage: eval/speed.sh [op|prefill|length|kernels|smollm2|llama3|policy]...     (default: all, in turn)
 #
 # Speed beside llama.cpp's own cache types, appended to eval/results/*.jsonl. Keep the machine
 # otherwise idle; each part takes one to four minutes on two cores.
@@ -35,10 +35,16 @@ smollm2() {
 }
 llama3() {
   $bench model --shape llama3-8b-4l -m build/models/random-llama3-8b-4l.gguf \
-    -d 256,8192 -t "$(nproc)" -p 64 -n 8 --rounds 3 --peers f16 --json $results/speed.jsonl
+    -d 256,8192 -t "$threads" -p 64 -n 8 --rounds 3 --peers f16 --json $results/speed.jsonl
+}
+policy() {  # the share of saliency and sealing
+  $bench model --shape smollm2-135m -m build/models/random-smollm2-135m.gguf -t "$threads" \
+    -d 4096,8192 -p 512 -n 1 --rounds 5 --peers none --json $results/policy_share.jsonl
+  $bench model --shape llama3-8b-4l -m build/models/random-llama3-8b-4l.gguf -t "$threads" \
+    -d 4096 -p 512 -n 1 --rounds 3 --peers none --json $results/policy_share.jsonl
 }
 
-for part in "${@:-op prefill length kernels smollm2 llama3}"; do
+for part in "${@:-op prefill length kernels smollm2 llama3 policy}"; do
   for name in $part; do
     "$name"
   done

@@ -190,5 +190,15 @@ def policy_cost(records):
              f"{r['commit_seconds'] * 1e3:.2f}",
              f"{100 * r['commit_seconds'] / r['seconds']:.1f} %"]
             for r in sorted(records, key=op_order) if r["n_query"] > 1]
-    return markdown(["heads x size", "threads", "queries", "cells", "attention ms", "sealing ms",
-                     "share"], rows)
+    return markdown(["heads x size", "threads", "queries", "cells", "attention ms", "policy ms",
+                     "share of attention"], rows)
+
+
+def policy_share(records):
+    """What saliency and sealing take of reading a prompt, whole model."""
+    rows = [[model_name(r["model"]), r["threads"], r["n_depth"], f"`{r['policy']}`",
+             f"{r['prefill_tok_s']:.1f}", f"{100 * r['prefill_policy_share']:.2f} %"]
+            for r in sorted(records, key=lambda r: (r["model"], r["threads"], r["n_depth"]))
+            if "prefill_policy_share" in r]
+    return markdown(["model", "threads", "depth", "cache", "prefill tok/s", "saliency and sealing"],
+                    rows)

@@ -27,6 +27,8 @@ TABLES = {
                        tables.speed_in_short, "eval/speed.sh"),
     "op": ("op.jsonl", OP_KEYS, tables.op, "eval/speed.sh"),
     "policy-cost": ("op.jsonl", OP_KEYS, tables.policy_cost, "eval/speed.sh"),
+    "policy-share": ("policy_share.jsonl", ("model", "n_depth", "threads", "policy"),
+                     tables.policy_share, "eval/speed.sh"),
     "by-length": ("by_length.jsonl", OP_KEYS, tables.by_length, "eval/speed.sh"),
     "kernels": ("kernels.jsonl", ("device", "half", "lanes", "inner", "bits", "rows"),
                 tables.kernels, "eval/speed.sh"),

@@ -90,6 +90,7 @@ class ReportTest(unittest.TestCase):
         self.assertEqual(sum(v for k, v in seen["bytes"].items() if k != "total"),
                          seen["bytes"]["total"])
         self.assertGreater(seen["live_tokens"], 400)
+        self.assertGreater(seen["policy_seconds"], 0)
         self.assertGreater(seen["ratio"], 2.5)
         self.assertAlmostEqual(seen["ratio"], seen["fp16_bytes"] / seen["bytes"]["total"])
         self.assertIn("zipcache", seen["policy"])

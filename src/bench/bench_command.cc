@@ -75,7 +75,7 @@ struct BenchCommand::Impl {
       }
       op_options.shapes.push_back(*shape);
     }
-    return write(bench_op(op_options));
+    return bench_op(op_options, records());
   }
 
   void add_kernels(CLI::App& command) {
@@ -100,7 +100,7 @@ struct BenchCommand::Impl {
     model->add_option("-p,--n-prompt", model_options.n_prompt, "tokens read at each depth");
     model->add_option("-n,--n-gen", model_options.n_generate, "tokens generated at each depth");
     model->add_option("-t,--threads", model_options.threads)->delimiter(',');
-    model->add_option("--peers", model_options.peers, "llama.cpp's cache types")->delimiter(',');
+    model->add_option("--peers", model_options.peers, "llama.cpp's cache types, or none")->delimiter(',');
     model->add_option("--rounds", model_options.rounds, "measurements of each, in turn");
     cli::add_plugin_option(*model, model_options.plugin_path);
     cli::add_setting_options(*model, model_options.settings);
@@ -108,6 +108,7 @@ struct BenchCommand::Impl {
   }
 
   Status run_model() {
+    std::erase(model_options.peers, "none");
     if (!model_shape_name.empty()) {
       const Expected<ModelShape> shape = model_shape(model_shape_name);
       if (!shape) {
@@ -118,18 +119,10 @@ struct BenchCommand::Impl {
         return written;
       }
     }
-    return write(bench_model(model_options));
+    return bench_model(model_options, records());
   }
 
-  Status write(Expected<std::vector<nlohmann::json>> records) const {
-    if (!records) {
-      return records.error();
-    }
-    for (nlohmann::json& record : *records) {
-      record["run"] = run_meta(command_line);
-    }
-    return append_records(json_path, *records);
-  }
+  Records records() const { return {json_path, run_meta(command_line)}; }
 };
 
 BenchCommand::BenchCommand(CLI::App& command, std::string command_line)
@@ -148,7 +141,7 @@ BenchCommand::~BenchCommand() = default;
 
 Status BenchCommand::run() {
   if (impl_->kernels->parsed()) {
-    return impl_->write(bench_kernels(impl_->kernel_options));
+    return bench_kernels(impl_->kernel_options, impl_->records());
   }
   return impl_->op->parsed() ? impl_->run_op() : impl_->run_model();
 }

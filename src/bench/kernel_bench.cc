@@ -49,10 +49,11 @@ AlignedVector<std::byte> random_matrices(int bits, std::size_t bytes) {
 
 class KernelBench {
  public:
-  explicit KernelBench(const KernelOptions& options) : options_(options) {}
+  KernelBench(const KernelOptions& options, const Records& records)
+      : options_(options), records_(records) {}
 
-  void measure(const std::vector<const kernels::KernelTable*>& tables, int bits, const Shape& shape,
-               std::uint32_t n_rows) {
+  Status measure(const std::vector<const kernels::KernelTable*>& tables, int bits,
+                 const Shape& shape, std::uint32_t n_rows) {
     const std::size_t bytes = round_up(matrix_bytes(bits, shape), kAlignmentBytes);
     const std::size_t n_matrices =
         options_.is_warm ? 1 : std::max<std::size_t>(1, kColdBytes / bytes);
@@ -87,11 +88,12 @@ class KernelBench {
       }
     }
     for (std::size_t table = 0; table < tables.size(); ++table) {
-      record(tables[table]->isa, bits, shape, n_rows, seconds[table]);
+      if (Status added = record(tables[table]->isa, bits, shape, n_rows, seconds[table]); !added) {
+        return added;
+      }
     }
+    return ok_status();
   }
-
-  std::vector<nlohmann::json> take_records() { return std::move(records_); }
 
  private:
   const Peaks& peaks(const std::string& isa) {
@@ -100,8 +102,8 @@ class KernelBench {
                                  : peaks_.emplace(isa, measure_peaks(isa, 1)).first->second;
   }
 
-  void record(const std::string& isa, int bits, const Shape& shape, std::uint32_t n_rows,
-              const std::vector<double>& seconds) {
+  Status record(const std::string& isa, int bits, const Shape& shape, std::uint32_t n_rows,
+                const std::vector<double>& seconds) {
     const double middle = median(seconds);
     const std::size_t bytes = matrix_bytes(bits, shape);
     const double read = static_cast<double>(bytes) / middle;
@@ -110,24 +112,6 @@ class KernelBench {
     const double read_share = options_.is_warm ? 0.0 : read / peak.read_bytes_per_s;
     const double flops_share =
         flops / (bits == 16 || isa == "scalar" ? peak.fma_flops_per_s : peak.dot_flops_per_s);
-    records_.push_back({{"bench", "kernels"},
-                        {"half", shape.half},
-                        {"bits", bits},
-                        {"lanes", shape.lanes},
-                        {"inner", shape.inner},
-                        {"rows", n_rows},
-                        {"warm", options_.is_warm},
-                        {"seconds", middle},
-                        {"spread", spread(seconds)},
-                        {"bytes", bytes},
-                        {"bytes_per_s", read},
-                        {"peak_bytes_per_s", peak.read_bytes_per_s},
-                        {"flops_per_s", flops},
-                        {"peak_flops_per_s", peak.fma_flops_per_s},
-                        {"peak_dot_flops_per_s", peak.dot_flops_per_s},
-                        {"binds", read_share > flops_share ? "memory" : "compute"},
-                        {"device", isa},
-                        {"threads", 1}});
     fmt::print(
         "{:<6} {:>2} bits {:>3} x {:<3} {:>2} rows {:<8}: {:8.2f} us ± {:.2f}  {:5.1f} GB/s "
         "{:3.0f} %  "
@@ -135,16 +119,34 @@ class KernelBench {
         shape.half, bits, shape.lanes, shape.inner, n_rows, isa, middle * 1e6,
         spread(seconds) * 1e6, read / 1e9, 100 * read_share, flops / 1e9, 100 * flops_share);
     std::fflush(stdout);
+    return records_.add({{"bench", "kernels"},
+                         {"half", shape.half},
+                         {"bits", bits},
+                         {"lanes", shape.lanes},
+                         {"inner", shape.inner},
+                         {"rows", n_rows},
+                         {"warm", options_.is_warm},
+                         {"seconds", middle},
+                         {"spread", spread(seconds)},
+                         {"bytes", bytes},
+                         {"bytes_per_s", read},
+                         {"peak_bytes_per_s", peak.read_bytes_per_s},
+                         {"flops_per_s", flops},
+                         {"peak_flops_per_s", peak.fma_flops_per_s},
+                         {"peak_dot_flops_per_s", peak.dot_flops_per_s},
+                         {"binds", read_share > flops_share ? "memory" : "compute"},
+                         {"device", isa},
+                         {"threads", 1}});
   }
 
   const KernelOptions& options_;
   std::map<std::string, Peaks> peaks_;
-  std::vector<nlohmann::json> records_;
+  const Records& records_;
 };
 
 }  // namespace
 
-Expected<std::vector<nlohmann::json>> bench_kernels(const KernelOptions& options) {
+Status bench_kernels(const KernelOptions& options, const Records& records) {
   std::vector<const kernels::KernelTable*> tables;
   if (options.isas.empty()) {
     for (const char* isa : {"avx512", "avxvnni", "avx2", "scalar"}) {
@@ -166,18 +168,20 @@ Expected<std::vector<nlohmann::json>> bench_kernels(const KernelOptions& options
           fmt::format("width {} found; there are 2, 3, 4, 8 and 16 bits", bits));
     }
   }
-  KernelBench bench(options);
+  KernelBench bench(options, records);
   for (const std::uint32_t dim : options.dims) {
     for (const Shape& shape :
          {Shape{"scores", options.n_tokens, dim}, Shape{"values", dim, options.n_tokens}}) {
       for (const int bits : options.widths) {
         for (const std::uint32_t n_rows : options.rows) {
-          bench.measure(tables, bits, shape, n_rows);
+          if (Status done = bench.measure(tables, bits, shape, n_rows); !done) {
+            return done;
+          }
         }
       }
     }
   }
-  return bench.take_records();
+  return ok_status();
 }
 
 }  // namespace zipcache::bench

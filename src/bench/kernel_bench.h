@@ -2,11 +2,11 @@
 #pragma once
 
 #include <cstdint>
-#include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
 
 #include "base/expected.h"
+#include "bench/record.h"
 
 namespace zipcache::bench {
 
@@ -20,7 +20,7 @@ struct KernelOptions {
   bool is_warm = false;  // all matrices in the first-level cache, not in memory
 };
 
-// Prints a row per point as it is measured; returns the records.
-Expected<std::vector<nlohmann::json>> bench_kernels(const KernelOptions& options);
+// Prints a row per point and adds a record as it is measured.
+Status bench_kernels(const KernelOptions& options, const Records& records);
 
 }  // namespace zipcache::bench

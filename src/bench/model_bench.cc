@@ -5,10 +5,12 @@
 #include <algorithm>
 #include <cstdio>
 #include <memory>
+#include <optional>
 #include <utility>
 
 #include "bench/host_attention.h"
 #include "bench/measure.h"
+#include "cli/cache_report.h"
 #include "cli/host_log.h"
 #include "cli/model.h"
 #include "cli/plugin.h"
@@ -28,6 +30,7 @@ class Contender {
  public:
   std::string name;
   std::vector<double> prompt_seconds, generate_seconds;
+  std::vector<double> policy_shares;  // of prompt_seconds: saliency and sealing
 
   Status open(const cli::Model& model, ggml_type type, std::uint32_t n_ctx) {
     llama_context_params params = llama_context_default_params();
@@ -66,12 +69,9 @@ class Contender {
   }
 
   // Reads a prompt behind the tokens that are there and takes it back.
-  Status read(std::uint32_t n_tokens, std::vector<double>* seconds) {
+  Status read(std::uint32_t n_tokens) {
     Status done = ok_status();
-    const double taken = seconds_of([&] { done = decode(kSequence, n_filled_, n_tokens); });
-    if (seconds != nullptr) {
-      seconds->push_back(taken);
-    }
+    prompt_seconds.push_back(seconds_of([&] { done = decode(kSequence, n_filled_, n_tokens); }));
     return rewind(std::move(done));
   }
   Status generate(std::uint32_t n_tokens, std::vector<double>* seconds) {
@@ -139,13 +139,15 @@ std::string policy_name(const std::map<std::string, std::string>& settings) {
 
 class ModelBench {
  public:
-  explicit ModelBench(const ModelOptions& options) : options_(options) {}
+  ModelBench(const ModelOptions& options, const Records& records)
+      : options_(options), records_(records) {}
 
   Status open() {
     Expected<cli::Plugin> plugin = cli::Plugin::load(options_.plugin_path);
     if (!plugin) {
       return plugin.error();
     }
+    plugin_ = *plugin;
     auto settings = options_.settings;
     settings.emplace("report", "0");
     if (Status configured = plugin->configure(settings); !configured) {
@@ -188,6 +190,7 @@ class ModelBench {
         contender->set_threads(n_threads);
         contender->prompt_seconds.clear();
         contender->generate_seconds.clear();
+        contender->policy_shares.clear();
         if (Status warm = contender->generate(1, nullptr); !warm) {
           return warm;
         }
@@ -198,19 +201,46 @@ class ModelBench {
               !done) {
             return done;
           }
-          if (Status done = contender->read(options_.n_prompt, &contender->prompt_seconds); !done) {
+          if (Status done = read(contender.get()); !done) {
             return done;
           }
         }
       }
-      record(depth, n_threads);
+      if (Status added = record(depth, n_threads); !added) {
+        return added;
+      }
     }
     return ok_status();
   }
 
-  std::vector<nlohmann::json> take_records() { return std::move(records_); }
-
  private:
+  Status read(Contender* contender) {
+    if (contender != contenders_.front().get()) {
+      return contender->read(options_.n_prompt);
+    }
+    const Expected<double> before = policy_seconds();
+    if (!before) {
+      return before.error();
+    }
+    if (Status done = contender->read(options_.n_prompt); !done) {
+      return done;
+    }
+    const Expected<double> after = policy_seconds();
+    if (!after) {
+      return after.error();
+    }
+    contender->policy_shares.push_back((*after - *before) / contender->prompt_seconds.back());
+    return ok_status();
+  }
+
+  Expected<double> policy_seconds() const {
+    const Expected<cli::CacheReport> report = cli::parse_report(plugin_->report_json());
+    if (!report) {
+      return report.error();
+    }
+    return report->policy_seconds;
+  }
+
   Status add(const std::string& name, const cli::Model& model, ggml_type type) {
     const std::uint32_t deepest = *std::max_element(options_.depths.begin(), options_.depths.end());
     auto contender = std::make_unique<Contender>();
@@ -223,7 +253,7 @@ class ModelBench {
     return opened;
   }
 
-  void record(std::uint32_t depth, std::uint32_t n_threads) {
+  Status record(std::uint32_t depth, std::uint32_t n_threads) {
     const double f16_prompt = seconds_of_f16(&Contender::prompt_seconds);
     const double f16_generate = seconds_of_f16(&Contender::generate_seconds);
     for (const auto& contender : contenders_) {
@@ -245,6 +275,9 @@ class ModelBench {
                                {"prefill_spread", prefill_spread},
                                {"decode_tok_s", decode},
                                {"decode_spread", decode_spread}};
+      if (!contender->policy_shares.empty()) {
+        record["prefill_policy_share"] = median(contender->policy_shares);
+      }
       std::string versus;
       if (f16_prompt > 0) {
         const double prefill_ratio = f16_prompt / median(contender->prompt_seconds);
@@ -258,9 +291,12 @@ class ModelBench {
           "tok/s{}\n",
           contender->name, depth, n_threads, options_.n_prompt, prefill, prefill_spread,
           options_.n_generate, decode, decode_spread, versus);
-      records_.push_back(std::move(record));
+      std::fflush(stdout);
+      if (Status added = records_.add(std::move(record)); !added) {
+        return added;
+      }
     }
-    std::fflush(stdout);
+    return ok_status();
   }
 
   double seconds_of_f16(std::vector<double> Contender::*seconds) const {
@@ -273,31 +309,32 @@ class ModelBench {
   }
 
   const ModelOptions& options_;
-  std::vector<std::unique_ptr<cli::Model>> models_;  // on the plug-in's device, on the CPU
-  std::vector<std::unique_ptr<Contender>> contenders_;
-  std::vector<nlohmann::json> records_;
+  const Records& records_;
+  std::optional<cli::Plugin> plugin_;
+  std::vector<std::unique_ptr<cli::Model>> models_;     // on the plug-in's device, on the CPU
+  std::vector<std::unique_ptr<Contender>> contenders_;  // ours is the first
 };
 
 }  // namespace
 
-Expected<std::vector<nlohmann::json>> bench_model(const ModelOptions& options) {
+Status bench_model(const ModelOptions& options, const Records& records) {
   if (options.n_prompt == 0 || options.n_prompt > kUbatch || options.n_generate == 0) {
     return invalid_argument(
         fmt::format("1 to {} prompt tokens and at least 1 generated one needed", kUbatch));
   }
   cli::install_host_log(/*verbose=*/false);
-  ModelBench bench(options);
-  if (const Status opened = bench.open(); !opened) {
-    return opened.error();
+  ModelBench bench(options, records);
+  if (Status opened = bench.open(); !opened) {
+    return opened;
   }
   std::vector<std::uint32_t> depths = options.depths;
   std::sort(depths.begin(), depths.end());
   for (const std::uint32_t depth : depths) {
-    if (const Status done = bench.measure(depth); !done) {
-      return done.error();
+    if (Status done = bench.measure(depth); !done) {
+      return done;
     }
   }
-  return bench.take_records();
+  return ok_status();
 }
 
 }  // namespace zipcache::bench

@@ -45,8 +45,8 @@ double operations(const AttentionShape& shape, std::uint32_t n_kv, std::uint32_t
 class OpBench {
  public:
   OpBench(const OpOptions& options, const kernels::KernelTable* kernels,
-          std::shared_ptr<const policy::Policy> policy)
-      : options_(options), kernels_(kernels), policy_(std::move(policy)) {
+          std::shared_ptr<const policy::Policy> policy, const Records& records)
+      : options_(options), kernels_(kernels), policy_(std::move(policy)), records_(records) {
     for (const std::uint32_t n_threads : options.threads) {
       peaks_.emplace(n_threads, measure_peaks(kernels->isa, n_threads));
     }
@@ -83,18 +83,20 @@ class OpBench {
           }
         }
       }
-      record(shape, n_kv, n_query, n_threads, ours, seconds, commit_seconds, peers);
+      if (Status added =
+              record(shape, n_kv, n_query, n_threads, ours, seconds, commit_seconds, peers);
+          !added) {
+        return added;
+      }
     }
     return ok_status();
   }
 
-  std::vector<nlohmann::json> take_records() { return std::move(records_); }
-
  private:
-  void record(const AttentionShape& shape, std::uint32_t n_kv, std::uint32_t n_query,
-              std::uint32_t n_threads, const CacheAttention& ours,
-              const std::vector<double>& seconds, const std::vector<double>& commit_seconds,
-              const std::vector<Peer>& peers) {
+  Status record(const AttentionShape& shape, std::uint32_t n_kv, std::uint32_t n_query,
+                std::uint32_t n_threads, const CacheAttention& ours,
+                const std::vector<double>& seconds, const std::vector<double>& commit_seconds,
+                const std::vector<Peer>& peers) {
     const Peaks& peaks = peaks_.at(n_threads);
     const double middle = median(seconds);
     const cache::ByteCount bytes = ours.bytes();
@@ -145,19 +147,19 @@ class OpBench {
         middle * 1e3, median(commit_seconds) * 1e3, read / 1e9, 100 * read_share, flops / 1e9,
         100 * flops_share, versus);
     std::fflush(stdout);
-    records_.push_back(std::move(record));
+    return records_.add(std::move(record));
   }
 
   const OpOptions& options_;
   const kernels::KernelTable* kernels_;
   const std::shared_ptr<const policy::Policy> policy_;
   std::map<std::uint32_t, Peaks> peaks_;
-  std::vector<nlohmann::json> records_;
+  const Records& records_;
 };
 
 }  // namespace
 
-Expected<std::vector<nlohmann::json>> bench_op(const OpOptions& options) {
+Status bench_op(const OpOptions& options, const Records& records) {
   const Expected<const kernels::KernelTable*> kernels = kernels::select_kernels(options.isa);
   if (!kernels) {
     return kernels.error();
@@ -166,20 +168,20 @@ Expected<std::vector<nlohmann::json>> bench_op(const OpOptions& options) {
   if (!policy) {
     return policy.error();
   }
-  OpBench bench(options, *kernels, std::make_shared<const policy::Policy>(*policy));
+  OpBench bench(options, *kernels, std::make_shared<const policy::Policy>(*policy), records);
   for (const AttentionShape& shape : options.shapes) {
     for (const std::uint32_t n_query : options.n_query) {
       for (const std::uint32_t n_kv : options.n_kv) {
         if (n_query > n_kv) {
           continue;
         }
-        if (const Status done = bench.measure(shape, n_kv, n_query); !done) {
-          return done.error();
+        if (Status done = bench.measure(shape, n_kv, n_query); !done) {
+          return done;
         }
       }
     }
   }
-  return bench.take_records();
+  return ok_status();
 }
 
 }  // namespace zipcache::bench

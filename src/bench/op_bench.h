@@ -4,12 +4,12 @@
 
 #include <cstdint>
 #include <map>
-#include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
 
 #include "base/expected.h"
 #include "bench/host_attention.h"
+#include "bench/record.h"
 
 namespace zipcache::bench {
 
@@ -25,7 +25,7 @@ struct OpOptions {
   std::map<std::string, std::string> settings;
 };
 
-// Prints a row per point as it is measured; returns the records.
-Expected<std::vector<nlohmann::json>> bench_op(const OpOptions& options);
+// Prints a row per point and adds a record as it is measured.
+Status bench_op(const OpOptions& options, const Records& records);
 
 }  // namespace zipcache::bench

@@ -38,17 +38,16 @@ nlohmann::json run_meta(const std::string& command) {
           {"date", today()}};
 }
 
-Status append_records(const std::string& path, const std::vector<nlohmann::json>& records) {
-  if (path.empty()) {
+Status Records::add(nlohmann::json record) const {
+  if (path_.empty()) {
     return ok_status();
   }
-  std::ofstream file(path, std::ios::app);
-  for (const nlohmann::json& record : records) {
-    file << record.dump() << '\n';
-  }
+  record["run"] = run_;
+  std::ofstream file(path_, std::ios::app);
+  file << record.dump() << '\n';
   file.close();
   return file ? ok_status()
-              : Status(invalid_argument("can't write " + path + ": " + std::strerror(errno)));
+              : Status(invalid_argument("can't write " + path_ + ": " + std::strerror(errno)));
 }
 
 }  // namespace zipcache::bench

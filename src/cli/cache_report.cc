@@ -35,6 +35,7 @@ Expected<CacheReport> parse_report(const std::string& json) {
     report.ratio = parsed.at("ratio");
     report.bits_per_element = parsed.at("bits_per_element");
     report.live_tokens = parsed.at("live_tokens");
+    report.policy_seconds = parsed.at("policy_seconds");
     return report;
   } catch (const nlohmann::json::exception& error) {
     return corrupt(std::string("the plug-in's report is not understood: ") + error.what());

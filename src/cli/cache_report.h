@@ -27,6 +27,7 @@ struct CacheReport {
   double ratio = 0.0;
   double bits_per_element = 0.0;
   std::uint64_t live_tokens = 0;
+  double policy_seconds = 0.0;  // spent on saliency and sealing
 };
 
 // From the plug-in's JSON.

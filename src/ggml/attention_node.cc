@@ -1,6 +1,7 @@
 #include "ggml/attention_node.h"
 
 #include <bit>
+#include <chrono>
 #include <cmath>
 
 #include "ggml.h"
@@ -9,6 +10,8 @@
 
 namespace zipcache::ggml {
 namespace {
+
+using Clock = std::chrono::steady_clock;
 
 class PrepareStep final : public Step {
  public:
@@ -71,12 +74,22 @@ class PrepareStep final : public Step {
 // one more barrier in every layer.
 class RunStep final : public Step {
  public:
-  explicit RunStep(StepContext* context) : Step(context, Threads::kAll) {}
+  RunStep(StepContext* context, KvStore* store) : Step(context, Threads::kAll), store_(store) {}
   Status run(std::uint32_t ith, std::uint32_t /*n_threads*/) override {
     context().attention.run(ith);
     const bool is_last = context().n_attending.fetch_sub(1, std::memory_order_acq_rel) == 1;
-    return is_last ? context().attention.commit() : ok_status();
+    return is_last ? commit() : ok_status();
   }
+
+ private:
+  Status commit() {
+    const auto start = Clock::now();
+    Status done = context().attention.commit();
+    store_->add_policy_seconds(std::chrono::duration<double>(Clock::now() - start).count());
+    return done;
+  }
+
+  KvStore* const store_;
 };
 
 }  // namespace
@@ -87,7 +100,7 @@ std::vector<std::unique_ptr<Step>> make_attention_steps(StepContext* context,
   std::vector<std::unique_ptr<Step>> steps;
   for (std::uint32_t stream = 0; stream < shape.n_streams; ++stream) {
     steps.push_back(std::make_unique<PrepareStep>(context, node, shape, stream));
-    steps.push_back(std::make_unique<RunStep>(context));
+    steps.push_back(std::make_unique<RunStep>(context, kv_tensor(node->src[1])->store));
   }
   return steps;
 }

@@ -7,6 +7,7 @@
 #include <memory>
 #include <mutex>
 #include <new>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -23,6 +24,25 @@
 
 namespace zipcache::ggml {
 namespace {
+
+class BufferLocks {
+ public:
+  explicit BufferLocks(std::span<KvBuffer* const> buffers) : buffers_(buffers) {
+    for (KvBuffer* buffer : buffers_) {
+      buffer->mutex().lock();
+    }
+  }
+  ~BufferLocks() {
+    for (KvBuffer* buffer : buffers_) {
+      buffer->mutex().unlock();
+    }
+  }
+  BufferLocks(const BufferLocks&) = delete;
+  BufferLocks& operator=(const BufferLocks&) = delete;
+
+ private:
+  const std::span<KvBuffer* const> buffers_;
+};
 
 class Backend {
  public:
@@ -41,9 +61,8 @@ class Backend {
     if (refusal_) {
       return failed(*refusal_);
     }
-    std::vector<std::unique_lock<std::mutex>> locks;
+    const BufferLocks locks(buffers_);
     for (KvBuffer* buffer : buffers_) {
-      locks.emplace_back(buffer->mutex());
       if (const auto error = buffer->take_error()) {
         return failed(*error);
       }

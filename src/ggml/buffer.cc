@@ -333,6 +333,14 @@ std::uint64_t KvBuffer::live_tokens() const {
   return most;
 }
 
+double KvBuffer::policy_seconds() const {
+  double sum = 0;
+  for (const auto& store : stores_) {
+    sum += store->policy_seconds();
+  }
+  return sum;
+}
+
 ggml_backend_buffer_type_t buffer_type() { return &the_type; }
 
 void set_buffer_type_device(ggml_backend_dev_t device) { the_type.device = device; }

@@ -19,6 +19,7 @@ namespace {
 struct Snapshot {
   cache::ByteCount bytes;
   std::uint64_t live_tokens = 0;
+  double policy_seconds = 0.0;
   std::size_t n_layers = 0;
   std::string policy;
 
@@ -26,6 +27,7 @@ struct Snapshot {
   Snapshot& operator+=(const Snapshot& other) {
     bytes += other.bytes;
     live_tokens = std::max(live_tokens, other.live_tokens);  // caches of one model see the same
+    policy_seconds += other.policy_seconds;
     n_layers += other.n_layers;
     policy = other.policy;
     return *this;
@@ -46,7 +48,7 @@ State& state() {
 
 Snapshot look_at(KvBuffer* buffer) {
   const std::lock_guard lock(buffer->mutex());
-  return {buffer->bytes(), buffer->live_tokens(), buffer->n_layers(),
+  return {buffer->bytes(), buffer->live_tokens(), buffer->policy_seconds(), buffer->n_layers(),
           policy::describe(*buffer->settings().policy)};
 }
 
@@ -67,6 +69,7 @@ std::string to_json(const Snapshot& seen) {
                                        {"bits_per_element", bytes.bits_per_element()},
                                        {"live_tokens", seen.live_tokens},
                                        {"sealed_share", sealed_share},
+                                       {"policy_seconds", seen.policy_seconds},
                                        {"isa", kernel_table().isa},
                                        {"version", ZIPCACHE_VERSION}};
   return json.dump();

@@ -15,8 +15,8 @@ void report_clearing(KvBuffer* buffer);  // about to be cleared
 void report_closed(KvBuffer* buffer);    // about to be freed
 
 // {"policy", "bytes": {"codes", "params", "masks", "staging", "slack", "total"}, "fp16_bytes",
-//  "ratio", "bits_per_element", "live_tokens", "sealed_share", "isa", "version"} of all KV caches
-// alive now; of those freed last when there are none.
+//  "ratio", "bits_per_element", "live_tokens", "sealed_share", "policy_seconds", "isa",
+//  "version"} of all KV caches alive now; of those freed last when there are none.
 std::string report_json();
 
 }  // namespace zipcache::ggml
