@@ -82,14 +82,13 @@ struct Attention::Impl {
   void plan_probes();
   void run_unit(std::uint32_t unit, Worker& worker) const;
   void load_queries(std::uint32_t head, std::uint32_t tile, Worker& worker) const;
-  Sight look(const Segment& segment, std::uint32_t tile, Worker& worker) const;
+  Sight look(const Segment& segment, Worker& worker) const;
   void segment_logits(const Segment& segment, std::uint32_t head, const float* q,
                       Worker& worker) const;
   const std::uint64_t* sight_by_slot(const Segment& segment, std::uint32_t head,
-                                     std::uint32_t n_tokens, Worker& worker) const;
-  void mask_logits(const Segment& segment, std::uint32_t head, std::uint32_t n_tokens,
-                   Worker& worker) const;
-  void attend_span(std::uint32_t head, std::uint32_t tile, std::uint32_t span, Worker& worker,
+                                     Worker& worker) const;
+  void mask_logits(const Segment& segment, std::uint32_t head, Worker& worker) const;
+  void attend_span(std::uint32_t head, std::uint32_t span, Worker& worker,
                    SoftmaxState state) const;
   void finish_tile(std::uint32_t head, std::uint32_t tile, Worker& worker,
                    SoftmaxState total) const;

@@ -41,7 +41,7 @@ void Attention::Impl::run_unit(std::uint32_t unit, Worker& worker) const {
     total.clear();
     for (std::uint32_t span = 0; span < n_spans(); ++span) {
       SoftmaxState state = state_at(worker.state.data(), n_rows);
-      attend_span(head, tile, span, worker, state);
+      attend_span(head, span, worker, state);
       total.merge(state);
     }
     finish_tile(head, tile, worker, total);
@@ -50,7 +50,7 @@ void Attention::Impl::run_unit(std::uint32_t unit, Worker& worker) const {
   const std::size_t ticket = std::size_t{head} * n_tiles + tile;
   float* states = const_cast<float*>(partial.data()) + ticket * spans * state_floats;
   const std::uint32_t span = unit % spans;
-  attend_span(head, tile, span, worker, state_at(states + span * state_floats, n_rows));
+  attend_span(head, span, worker, state_at(states + span * state_floats, n_rows));
   if (spans_done[ticket].fetch_add(1, std::memory_order_acq_rel) + 1 < spans) {
     return;
   }
@@ -78,16 +78,17 @@ void Attention::Impl::load_queries(std::uint32_t head, std::uint32_t tile, Worke
   }
 }
 
-// Fills worker.seen: bit = the token of the tile sees the token (slot) of the segment.
-Sight Attention::Impl::look(const Segment& segment, std::uint32_t tile, Worker& worker) const {
+// Fills worker.seen, a row per worker.tokens: bit = that token sees the token (slot) of the
+// segment.
+Sight Attention::Impl::look(const Segment& segment, Worker& worker) const {
   const std::uint32_t n = SegmentMath::n_tokens(segment);
   const std::uint32_t words = (n + 63) / 64;
   const std::uint32_t first_cell = contiguous_from(segment);
   std::uint64_t some = 0;
   bool all = true;
-  for (std::uint32_t t = 0; t < tile_size(tile); ++t) {
-    const std::uint32_t row = query.first_row + tile * tile_tokens + t;
-    std::uint64_t* seen = worker.seen.data() + std::size_t{t} * words;
+  for (std::size_t t = 0; t < worker.tokens.size(); ++t) {
+    const std::uint32_t row = query.first_row + worker.tokens[t];
+    std::uint64_t* seen = worker.seen.data() + t * words;
     if (first_cell != kNoCell) {
       query.visible->extract(row, first_cell, n, seen);
     } else {
@@ -149,9 +150,9 @@ void Attention::Impl::segment_logits(const Segment& segment, std::uint32_t head,
   }
 }
 
-// worker.seen of the tile's first n_tokens, in slot order of the head.
+// worker.seen in slot order of the head.
 const std::uint64_t* Attention::Impl::sight_by_slot(const Segment& segment, std::uint32_t head,
-                                                    std::uint32_t n_tokens, Worker& worker) const {
+                                                    Worker& worker) const {
   if (segment.block == nullptr || segment.block->layout->n_tiers() == 1) {
     return worker.seen.data();
   }
@@ -159,10 +160,10 @@ const std::uint64_t* Attention::Impl::sight_by_slot(const Segment& segment, std:
   const std::uint32_t words = (n + 63) / 64;
   format::slot_order(*segment.block->layout, segment.block->bytes.data(), head,
                      worker.order.data());
-  std::fill_n(worker.by_slot.begin(), std::size_t{n_tokens} * words, 0);
-  for (std::uint32_t t = 0; t < n_tokens; ++t) {
-    const std::uint64_t* seen = worker.seen.data() + std::size_t{t} * words;
-    std::uint64_t* out = worker.by_slot.data() + std::size_t{t} * words;
+  std::fill_n(worker.by_slot.begin(), worker.tokens.size() * words, 0);
+  for (std::size_t t = 0; t < worker.tokens.size(); ++t) {
+    const std::uint64_t* seen = worker.seen.data() + t * words;
+    std::uint64_t* out = worker.by_slot.data() + t * words;
     for (std::uint32_t slot = 0; slot < n; ++slot) {
       const std::uint32_t token = worker.order[slot];
       out[slot / 64] |= (seen[token / 64] >> (token % 64) & 1u) << (slot % 64);
@@ -173,30 +174,29 @@ const std::uint64_t* Attention::Impl::sight_by_slot(const Segment& segment, std:
 
 // Hides what worker.seen says is not visible.
 void Attention::Impl::mask_logits(const Segment& segment, std::uint32_t head,
-                                  std::uint32_t n_tokens, Worker& worker) const {
+                                  Worker& worker) const {
   const std::uint32_t n = SegmentMath::n_tokens(segment);
   const std::uint32_t words = (n + 63) / 64;
-  const std::uint64_t* by_slot = sight_by_slot(segment, head, n_tokens, worker);
-  for (std::size_t row = 0; row < std::size_t{n_tokens} * group; ++row) {
+  const std::uint64_t* by_slot = sight_by_slot(segment, head, worker);
+  for (std::size_t row = 0; row < worker.tokens.size() * group; ++row) {
     kernels.mask(worker.logits.data() + row * logits_stride, n, by_slot + row / group * words);
   }
 }
 
-void Attention::Impl::attend_span(std::uint32_t head, std::uint32_t tile, std::uint32_t span,
-                                  Worker& worker, SoftmaxState state) const {
-  const std::uint32_t n_tokens = tile_size(tile);
-  const std::size_t n_rows = std::size_t{n_tokens} * group;
+void Attention::Impl::attend_span(std::uint32_t head, std::uint32_t span, Worker& worker,
+                                  SoftmaxState state) const {
+  const std::size_t n_rows = worker.tokens.size() * group;
   const SegmentMath math(kernels, *cache);
   state.clear();
   for (std::uint32_t i = span_begin[span]; i < span_begin[span + 1]; ++i) {
     const Segment& seg = segment(i);
-    const Sight sight = look(seg, tile, worker);
+    const Sight sight = look(seg, worker);
     if (sight == Sight::kNone) {
       continue;
     }
     segment_logits(seg, head, worker.q.data(), worker);
     if (sight == Sight::kSome) {
-      mask_logits(seg, head, n_tokens, worker);
+      mask_logits(seg, head, worker);
     }
     const std::uint32_t n = SegmentMath::n_tokens(seg);
     for (std::size_t row = 0; row < n_rows; ++row) {
@@ -244,22 +244,23 @@ void Attention::Impl::probe_mass(std::uint32_t head, std::uint32_t tile, Worker&
   }
   for (std::size_t i = 0; i < ranked.size(); ++i) {
     const Segment& seg = cache->segments()[ranked[i]];
-    if (look(seg, tile, worker) == Sight::kNone) {
+    if (look(seg, worker) == Sight::kNone) {
       continue;
     }
     const std::uint32_t words = (SegmentMath::n_tokens(seg) + 63) / 64;
-    const std::uint64_t* sight = sight_by_slot(seg, head, tile_size(tile), worker);
+    const std::uint64_t* sight = sight_by_slot(seg, head, worker);
     const std::size_t n = ranked_begin[i + 1] - ranked_begin[i];
     const std::size_t at = mass_begin(tile, head) + ranked_begin[i];
     float* out = const_cast<float*>(mass.data()) + at;
     segment_logits(seg, head, worker.probe_q.data(), worker);
     for (std::size_t row = 0; row < worker.tokens.size() * group; ++row) {
-      const std::size_t t = worker.tokens[row / group] - tile * tile_tokens;
+      const std::size_t probe = row / group;
+      const std::size_t t = worker.tokens[probe] - tile * tile_tokens;
       const float lse = worker.lse[t * group + row % group];
-      const float weight = probes[tile_probe[tile] + row / group].weight;
+      const float weight = probes[tile_probe[tile] + probe].weight;
       float* s = worker.logits.data() + row * logits_stride;
       if (lse > -kInfinity) {  // else it sees nothing, or NaN: no saliency from it
-        kernels.mask(s, n, sight + t * words);
+        kernels.mask(s, n, sight + probe * words);
         kernels.exp2_sum(s, n, lse);
         kernels.axpby(out, n, 1.0f, s, weight);
       } else {

@@ -34,8 +34,9 @@ Status LayerCache::seal(std::span<const Slot> slots, const SealAs& as,
     std::sort(order.begin(), order.end(), [&](std::uint32_t a, std::uint32_t b) {
       return cell_of(slots[a]) < cell_of(slots[b]);
     });
-    std::vector<float> keys(n * shape_.key_row);
-    std::vector<float> values(n * shape_.value_row);
+    const std::size_t n_keys = n * shape_.key_row, n_values = n * shape_.value_row;
+    const auto keys = std::make_unique_for_overwrite<float[]>(n_keys);
+    const auto values = std::make_unique_for_overwrite<float[]>(n_values);
     std::vector<std::uint32_t> cells(n);
     std::vector<std::uint8_t> sorted_tiers(tiers.size());
     for (std::size_t token = 0; token < n; ++token) {
@@ -45,10 +46,11 @@ Status LayerCache::seal(std::span<const Slot> slots, const SealAs& as,
         sorted_tiers[head * n + token] = tiers[head * n + order[token]];
       }
     }
-    read_staged(slots, order, keys.data(), values.data());
+    read_staged(slots, order, keys.get(), values.get());
     quant::QuantRules rules = policy_->quant_rules();
     rules.key.given_factors = as.key_factors;
-    quant::encode_block(*block->layout, rules, keys, values, sorted_tiers, block->bytes.data());
+    quant::encode_block(*block->layout, rules, {keys.get(), n_keys}, {values.get(), n_values},
+                        sorted_tiers, block->bytes.data());
     Expected<std::uint32_t> id = new_segment();
     if (!id) {
       return id.error();
