@@ -100,7 +100,8 @@ struct BenchCommand::Impl {
     model->add_option("-p,--n-prompt", model_options.n_prompt, "tokens read at each depth");
     model->add_option("-n,--n-gen", model_options.n_generate, "tokens generated at each depth");
     model->add_option("-t,--threads", model_options.threads)->delimiter(',');
-    model->add_option("--peers", model_options.peers, "llama.cpp's cache types, or none")->delimiter(',');
+    model->add_option("--peers", model_options.peers, "llama.cpp's cache types, or none")
+        ->delimiter(',');
     model->add_option("--rounds", model_options.rounds, "measurements of each, in turn");
     cli::add_plugin_option(*model, model_options.plugin_path);
     cli::add_setting_options(*model, model_options.settings);

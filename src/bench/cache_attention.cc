@@ -77,14 +77,15 @@ void CacheAttention::fill(std::uint32_t n_tokens) {
     show(first, n, first < kChunkTokens ? 0 : first - kChunkTokens);
     prepare(1);
     attention_.run(0);
-    commit();
-    done_.value();
+    attention_.commit().value();
   }
 }
 
 double CacheAttention::run(std::uint32_t n_threads, bool flushes_caches) {
+  const std::chrono::duration<double> before = cache_.policy_time();
   const double seconds = graph_.compute(n_threads, flushes_caches);
   done_.value();
+  commit_seconds_ = (cache_.policy_time() - before).count();
   return seconds;
 }
 
@@ -105,14 +106,7 @@ void CacheAttention::show(std::uint32_t first_row, std::uint32_t n_rows,
 }
 
 void CacheAttention::prepare(std::uint32_t n_threads) {
-  n_attending_.store(n_threads, std::memory_order_relaxed);
   done_ = attention_.prepare(cache_, query_, n_threads);
-}
-
-void CacheAttention::commit() {
-  if (done_) {
-    commit_seconds_ = seconds_of([&] { done_ = attention_.commit(); });
-  }
 }
 
 void CacheAttention::call_prepare(ggml_tensor* /*node*/, int ith, int n_threads, void* self) {
@@ -122,9 +116,9 @@ void CacheAttention::call_prepare(ggml_tensor* /*node*/, int ith, int n_threads,
 }
 void CacheAttention::call_run(ggml_tensor* /*node*/, int ith, int /*n_threads*/, void* self) {
   auto& step = *static_cast<CacheAttention*>(self);
-  step.attention_.run(static_cast<std::uint32_t>(ith));
-  if (step.n_attending_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
-    step.commit();
+  if (Status done = step.attention_.run_together(static_cast<std::uint32_t>(ith)); !done) {
+    const std::lock_guard lock(step.done_mutex_);
+    step.done_ = std::move(done);
   }
 }
 

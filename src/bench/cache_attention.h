@@ -2,9 +2,9 @@
 // plug-in runs it in the host's thread pool: prepare on one thread, run on all, commit on the last.
 #pragma once
 
-#include <atomic>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <vector>
 
 #include "bench/host_attention.h"
@@ -40,7 +40,6 @@ class CacheAttention {
   // Rows see tokens from `first_visible` on, up to themselves.
   void show(std::uint32_t first_row, std::uint32_t n_rows, std::uint32_t first_visible);
   void prepare(std::uint32_t n_threads);
-  void commit();
   static void call_prepare(ggml_tensor* node, int ith, int n_threads, void* self);
   static void call_run(ggml_tensor* node, int ith, int n_threads, void* self);
 
@@ -55,7 +54,7 @@ class CacheAttention {
   std::vector<float> newest_keys_, newest_values_;
   cache::Query query_;
   Status done_ = ok_status();  // the host's callbacks can't fail
-  std::atomic<std::uint32_t> n_attending_{0};
+  std::mutex done_mutex_;
   double commit_seconds_ = 0;
   OpGraph graph_;
 };

@@ -2,6 +2,7 @@
 #include "cache/attention.h"
 
 #include <algorithm>
+#include <chrono>
 #include <new>
 
 #include "base/check.h"
@@ -51,6 +52,8 @@ Status Attention::prepare(LayerCache& cache, const Query& query, std::uint32_t n
         "attention could not get its scratch memory; use a smaller micro-batch (-ub)");
   }
   m.next_unit.store(0, std::memory_order_relaxed);
+  m.n_running.store(n_threads, std::memory_order_relaxed);
+  m.team.start();
   return ok_status();
 }
 
@@ -195,57 +198,74 @@ void Attention::run(std::uint32_t ith) {
   }
 }
 
-Status Attention::commit() {
+Status Attention::commit() { return impl_->commit(nullptr); }
+
+Status Attention::run_together(std::uint32_t ith) {
   Impl& m = *impl_;
-  if (!m.sealer) {
+  run(ith);
+  if (m.n_running.fetch_sub(1, std::memory_order_acq_rel) > 1) {
+    m.team.help();
     return ok_status();
   }
-  std::vector<float>& total = m.total_mass;
-  total.resize(m.n_kv_heads);
-  std::vector<float>& total_squares = m.total_squares;
-  total_squares.resize(m.squares.empty() ? 0 : m.n_kv_heads);
-  const std::size_t n_ranked = m.ranked_begin.back();
-  const std::size_t n_mass_tiles = n_ranked == 0 ? 0 : m.mass.size() / (m.n_kv_heads * n_ranked);
+  const TeamRound round(&m.team);
+  return m.commit(&m.team);
+}
+
+Status Attention::Impl::commit(TaskTeam* helpers) {
+  if (!sealer) {
+    return ok_status();
+  }
+  const auto start = std::chrono::steady_clock::now();
+  add_probe_mass();
+  Status sealed = sealer->end_step(helpers);
+  sealer.reset();
+  cache->add_policy_time(std::chrono::steady_clock::now() - start);
+  return sealed;
+}
+
+// What all probes of the step paid to each ranked token goes to the token.
+void Attention::Impl::add_probe_mass() {
+  total_mass.resize(n_kv_heads);
+  total_squares.resize(squares.empty() ? 0 : n_kv_heads);
+  const std::size_t n_ranked = ranked_begin.back();
+  const std::size_t n_mass_tiles = n_ranked == 0 ? 0 : mass.size() / (n_kv_heads * n_ranked);
   const auto sum = [&](const std::vector<float>& parts, std::uint32_t head, std::size_t token) {
     float all = 0.0f;
     for (std::size_t tile = 0; tile < n_mass_tiles; ++tile) {  // a fixed order of summation
-      all += parts[(tile * m.n_kv_heads + head) * n_ranked + token];
+      all += parts[(tile * n_kv_heads + head) * n_ranked + token];
     }
     return all;
   };
-  for (std::size_t i = 0; i < m.ranked.size(); ++i) {
-    const std::uint32_t id = m.ranked[i];
-    if (SealedBlock* block = m.cache->block(id)) {
+  for (std::size_t i = 0; i < ranked.size(); ++i) {
+    const std::uint32_t id = ranked[i];
+    if (SealedBlock* block = cache->block(id)) {
       for (std::size_t slot = 0; slot < block->mass.size(); ++slot) {
         const std::uint32_t n = block->mass_slots();
         block->mass[slot] +=
-            sum(m.mass, static_cast<std::uint32_t>(slot / n), m.ranked_begin[i] + slot % n);
+            sum(mass, static_cast<std::uint32_t>(slot / n), ranked_begin[i] + slot % n);
       }
       continue;
     }
     for (std::uint32_t slot = 0; slot < kPageTokens; ++slot) {
-      const std::uint32_t cell = m.cache->page(id)->cells[slot];
+      const std::uint32_t cell = cache->page(id)->cells[slot];
       if (cell == kNoCell) {
         continue;
       }
       float seen = 0.0f;
-      for (const Probe& probe : m.probes) {
-        seen += m.query.visible->sees(m.query.first_row + probe.row, cell) ? probe.weight : 0.0f;
+      for (const Probe& probe : probes) {
+        seen += query.visible->sees(query.first_row + probe.row, cell) ? probe.weight : 0.0f;
       }
-      for (std::uint32_t head = 0; head < m.n_kv_heads; ++head) {
-        total[head] = sum(m.mass, head, m.ranked_begin[i] + slot);
-        if (!m.squares.empty()) {
-          total_squares[head] = sum(m.squares, head, m.ranked_begin[i] + slot);
+      for (std::uint32_t head = 0; head < n_kv_heads; ++head) {
+        total_mass[head] = sum(mass, head, ranked_begin[i] + slot);
+        if (!squares.empty()) {
+          total_squares[head] = sum(squares, head, ranked_begin[i] + slot);
         }
       }
-      m.sealer->add_mass({id, slot}, total.data(),
-                         m.squares.empty() ? nullptr : total_squares.data(),
-                         static_cast<std::uint32_t>(seen));
+      sealer->add_mass({id, slot}, total_mass.data(),
+                       squares.empty() ? nullptr : total_squares.data(),
+                       static_cast<std::uint32_t>(seen));
     }
   }
-  Status sealed = m.sealer->end_step();
-  m.sealer.reset();
-  return sealed;
 }
 
 }  // namespace zipcache::cache

@@ -56,8 +56,13 @@ class Attention {
   // REQUIRES: set_heads() was called; `cache`, query memory and `query.visible` stay valid until
   // commit() returns. kUnsupported / kOutOfMemory leave nothing to run.
   Status prepare(LayerCache& cache, const Query& query, std::uint32_t n_threads);
+  // A share of the attention; calls for ith = 0..n_threads-1, in any order or at once.
   void run(std::uint32_t ith);
+  // The policy's work, once all run() returned: saliency and sealing.
   Status commit();
+  // Both, called by n_threads threads at once: who finishes run() last commits, with the help of
+  // the others, and returns what commit() does.
+  Status run_together(std::uint32_t ith);
 
   // Memory that it keeps for the next step.
   std::size_t scratch_bytes() const;

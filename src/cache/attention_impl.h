@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "base/aligned.h"
+#include "base/task_team.h"
 #include "cache/attention.h"
 #include "cache/sealer.h"
 #include "cache/segment_math.h"
@@ -58,6 +59,9 @@ struct Attention::Impl {
   std::uint32_t n_units = 0;
   std::vector<Worker> workers;
 
+  std::atomic<std::uint32_t> n_running{0};  // threads in run_together() before commit()
+  TaskTeam team;
+
   std::optional<Sealer> sealer;  // while a step is at work that may seal
   SealerScratch sealer_scratch;
   std::vector<Probe> probes;              // ascending rows
@@ -77,6 +81,8 @@ struct Attention::Impl {
     return std::min(tile_tokens, query.n_rows - tile * tile_tokens);
   }
 
+  Status commit(TaskTeam* helpers);
+  void add_probe_mass();
   void list_segments();
   void plan_tiles(std::uint32_t n_threads);
   void plan_probes();

@@ -9,6 +9,7 @@
 // Not thread-safe; Attention::run() alone may be called by several threads at once.
 #pragma once
 
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -19,6 +20,7 @@
 #include "base/aligned.h"
 #include "base/expected.h"
 #include "base/half.h"
+#include "base/task_team.h"
 #include "cache/bytes.h"
 #include "format/block.h"
 #include "policy/policy.h"
@@ -134,6 +136,10 @@ class LayerCache {
   std::uint32_t key_dim() const { return key_dim_; }
   std::uint32_t value_dim() const { return value_dim_; }
 
+  // Time that saliency and sealing took so far.
+  void add_policy_time(std::chrono::nanoseconds time) { policy_time_ += time; }
+  std::chrono::nanoseconds policy_time() const { return policy_time_; }
+
   // Writes rows[i] to cells[i]. Writing a key makes the cell a new token (statistics start anew);
   // keys and values of a token may come in either order. A sealed cell becomes staged again.
   // kOutOfMemory: cells before the failing one are written, the others are as before.
@@ -184,7 +190,8 @@ class LayerCache {
     std::vector<float> mass{};             // see SealedBlock
     std::span<const float> key_factors{};  // [key_row], where the shape's keys have given ones
   };
-  Status seal(std::span<const Slot> slots, const SealAs& as, std::span<const std::uint8_t> tiers);
+  Status seal(std::span<const Slot> slots, const SealAs& as, std::span<const std::uint8_t> tiers,
+              TaskTeam* team = nullptr);
   // Quantizes the values of a block that held them exact; `value` is their format from now on.
   Status seal_values(std::uint32_t segment, const format::TensorFormat& value);
   // Evicts a staged token for all heads: its cell holds nothing, but counts as a live token.
@@ -222,7 +229,7 @@ class LayerCache {
   void read_staged(const Slot& slot, Tensor tensor, float* row) const;
   // Row i of both is that of slots[order[i]].
   void read_staged(std::span<const Slot> slots, std::span<const std::uint32_t> order, float* keys,
-                   float* values) const;
+                   float* values, TaskTeam* team) const;
   std::vector<float> decode(std::uint32_t segment, Tensor tensor) const;
   void move_token(std::uint32_t from_page, std::uint32_t to_page);
   void compact_block(SealedBlock& block);
@@ -241,6 +248,7 @@ class LayerCache {
   std::uint32_t next_arrival_ = 0;
   std::uint32_t next_group_ = 0;
   std::uint64_t n_live_ = 0;
+  std::chrono::nanoseconds policy_time_{0};
   bool lost_sealed_tokens_ = false;  // since the last compact_blocks()
   std::uint64_t n_evicted_ = 0;      // cells that hold nothing but were not overwritten
   friend class Sealer;

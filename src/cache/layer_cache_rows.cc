@@ -99,19 +99,21 @@ void LayerCache::read_staged(const Slot& slot, Tensor tensor, float* row) const 
 // A page's keys are converted whole, channel by channel as they lie: one at a time took half of the
 // time of sealing.
 void LayerCache::read_staged(std::span<const Slot> slots, std::span<const std::uint32_t> order,
-                             float* keys, float* values) const {
-  std::vector<float> page_keys(std::size_t{shape_.key_row} * kPageTokens);
-  for (std::uint32_t id = 0; id < segments_.size(); ++id) {
-    bool is_converted = false;
-    for (std::size_t row = 0; segments_[id].page != nullptr && row < order.size(); ++row) {
+                             float* keys, float* values, TaskTeam* team) const {
+  std::vector<std::uint32_t> pages;
+  for (const Slot& slot : slots) {
+    if (std::find(pages.begin(), pages.end(), slot.segment) == pages.end()) {
+      pages.push_back(slot.segment);
+    }
+  }
+  for_each(team, pages.size(), [&](std::size_t i) {
+    const StagingPage& page = *segments_[pages[i]].page;
+    std::vector<float> page_keys(page.keys.size());
+    halves_to_floats(page.keys.data(), page.keys.size(), page_keys.data());
+    for (std::size_t row = 0; row < order.size(); ++row) {
       const Slot& slot = slots[order[row]];
-      if (slot.segment != id) {
+      if (slot.segment != pages[i]) {
         continue;
-      }
-      const StagingPage& page = *segments_[id].page;
-      if (!is_converted) {
-        halves_to_floats(page.keys.data(), page.keys.size(), page_keys.data());
-        is_converted = true;
       }
       float* out = keys + row * shape_.key_row;
       for (std::uint32_t column = 0; column < shape_.key_row; ++column) {
@@ -120,7 +122,7 @@ void LayerCache::read_staged(std::span<const Slot> slots, std::span<const std::u
       halves_to_floats(page.values.data() + std::size_t{slot.index} * shape_.value_row,
                        shape_.value_row, values + row * shape_.value_row);
     }
-  }
+  });
 }
 
 void LayerCache::get(Tensor tensor, std::uint32_t first_cell, std::uint32_t n, Half* out) const {

@@ -12,7 +12,7 @@
 namespace zipcache::cache {
 
 Status LayerCache::seal(std::span<const Slot> slots, const SealAs& as,
-                        std::span<const std::uint8_t> tiers) {
+                        std::span<const std::uint8_t> tiers, TaskTeam* team) {
   const format::BlockShape& shape = as.shape;
   ZC_CHECK(slots.size() == shape.n_tokens && !slots.empty());
   try {
@@ -46,11 +46,11 @@ Status LayerCache::seal(std::span<const Slot> slots, const SealAs& as,
         sorted_tiers[head * n + token] = tiers[head * n + order[token]];
       }
     }
-    read_staged(slots, order, keys.get(), values.get());
+    read_staged(slots, order, keys.get(), values.get(), team);
     quant::QuantRules rules = policy_->quant_rules();
     rules.key.given_factors = as.key_factors;
     quant::encode_block(*block->layout, rules, {keys.get(), n_keys}, {values.get(), n_values},
-                        sorted_tiers, block->bytes.data());
+                        sorted_tiers, block->bytes.data(), team);
     Expected<std::uint32_t> id = new_segment();
     if (!id) {
       return id.error();

@@ -191,7 +191,8 @@ Sealer::Slots Sealer::staged(std::uint32_t group) const {
   return slots;
 }
 
-Status Sealer::end_step() {
+Status Sealer::end_step(TaskTeam* helpers) {
+  helpers_ = helpers;
   for (const StepGroup& group : scratch_.groups) {
     Status sealed = cache_.policy().evicts ? evict_group(group) : seal_group(group);
     if (!sealed) {
@@ -368,7 +369,7 @@ Status Sealer::seal_block(std::span<const LayerCache::Slot> oldest_first, std::u
                       .end_ordinal = of.n_tokens - n_after,
                       .holds_values = holds_values,
                       .key_factors = of.key_factors},
-                     tiers);
+                     tiers, helpers_);
 }
 
 // Published mode: every sealed token of the group comes back, keeps its tier, and is quantized anew

@@ -58,7 +58,7 @@ class Sealer {
   bool needs_squares() const { return cache_.policy().metric == saliency::Metric::kRoco; }
 
   // Seals what the policy wants of the groups of this step.
-  Status end_step();
+  Status end_step(TaskTeam* helpers = nullptr);
 
  private:
   using StepGroup = SealerScratch::StepGroup;
@@ -87,6 +87,7 @@ class Sealer {
 
   LayerCache& cache_;
   SealerScratch& scratch_;
+  TaskTeam* helpers_ = nullptr;
 };
 
 }  // namespace zipcache::cache

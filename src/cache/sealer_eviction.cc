@@ -116,8 +116,8 @@ Status Sealer::evict_group(const StepGroup& group) {
     format::BlockShape shape = policy::block_shape(policy, static_cast<std::uint32_t>(kept.size()),
                                                    n_heads, cache_.key_dim(), cache_.value_dim());
     shape.key.class0_tokens = shape.value.class0_tokens = n_kept;
-    sealed =
-        cache_.seal(kept, {.shape = shape, .group = group.id, .mass = std::move(mass)}, kept_tiers);
+    sealed = cache_.seal(kept, {.shape = shape, .group = group.id, .mass = std::move(mass)},
+                         kept_tiers, helpers_);
   }
   cache_.compact_staging();
   return sealed;

@@ -222,13 +222,12 @@ class TestEngine {
     attention_.prepare(*cache_, query, n_threads_).value();
     std::vector<std::thread> threads;
     for (std::uint32_t ith = 1; ith < n_threads_; ++ith) {
-      threads.emplace_back([this, ith] { attention_.run(ith); });
+      threads.emplace_back([this, ith] { attention_.run_together(ith).value(); });
     }
-    attention_.run(0);
+    attention_.run_together(0).value();
     for (std::thread& thread : threads) {
       thread.join();
     }
-    attention_.commit().value();
     return outcome;
   }
 

@@ -1,7 +1,6 @@
 #include "ggml/attention_node.h"
 
 #include <bit>
-#include <chrono>
 #include <cmath>
 
 #include "ggml.h"
@@ -10,8 +9,6 @@
 
 namespace zipcache::ggml {
 namespace {
-
-using Clock = std::chrono::steady_clock;
 
 class PrepareStep final : public Step {
  public:
@@ -38,7 +35,6 @@ class PrepareStep final : public Step {
     // target's): its rows are not the cache's newest tokens.
     query.rows_are_newest =
         store_->written_by(stream, context().id) && cache.newest_cells().size() == shape_.n_rows;
-    context().n_attending.store(n_threads, std::memory_order_relaxed);
     return context().attention.prepare(cache, query, n_threads);
   }
 
@@ -70,26 +66,14 @@ class PrepareStep final : public Step {
   const std::vector<float> slopes_;
 };
 
-// The thread that finishes last does the policy's work: a node of its own would cost all threads
-// one more barrier in every layer.
+// Saliency and sealing are in it: a node of their own would cost all threads one more barrier in
+// every layer.
 class RunStep final : public Step {
  public:
-  RunStep(StepContext* context, KvStore* store) : Step(context, Threads::kAll), store_(store) {}
+  explicit RunStep(StepContext* context) : Step(context, Threads::kAll) {}
   Status run(std::uint32_t ith, std::uint32_t /*n_threads*/) override {
-    context().attention.run(ith);
-    const bool is_last = context().n_attending.fetch_sub(1, std::memory_order_acq_rel) == 1;
-    return is_last ? commit() : ok_status();
+    return context().attention.run_together(ith);
   }
-
- private:
-  Status commit() {
-    const auto start = Clock::now();
-    Status done = context().attention.commit();
-    store_->add_policy_seconds(std::chrono::duration<double>(Clock::now() - start).count());
-    return done;
-  }
-
-  KvStore* const store_;
 };
 
 }  // namespace
@@ -100,7 +84,7 @@ std::vector<std::unique_ptr<Step>> make_attention_steps(StepContext* context,
   std::vector<std::unique_ptr<Step>> steps;
   for (std::uint32_t stream = 0; stream < shape.n_streams; ++stream) {
     steps.push_back(std::make_unique<PrepareStep>(context, node, shape, stream));
-    steps.push_back(std::make_unique<RunStep>(context, kv_tensor(node->src[1])->store));
+    steps.push_back(std::make_unique<RunStep>(context));
   }
   return steps;
 }

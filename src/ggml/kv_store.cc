@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <charconv>
+#include <chrono>
 #include <cstring>
 
 namespace zipcache::ggml {
@@ -254,5 +255,13 @@ cache::ByteCount KvStore::bytes() const {
 }
 
 std::uint64_t KvStore::live_tokens() const { return bytes().live_tokens; }
+
+double KvStore::policy_seconds() const {
+  std::chrono::duration<double> sum{0};
+  for (const auto& stream : streams_) {
+    sum += stream->policy_time();
+  }
+  return sum.count();
+}
 
 }  // namespace zipcache::ggml

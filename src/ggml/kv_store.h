@@ -73,9 +73,8 @@ class KvStore {
   cache::ByteCount bytes() const;
   // Cells in use, all streams together.
   std::uint64_t live_tokens() const;
-
-  void add_policy_seconds(double seconds) { policy_seconds_ += seconds; }
-  double policy_seconds() const { return policy_seconds_; }
+  // Spent on saliency and sealing so far.
+  double policy_seconds() const;
 
  private:
   // Calls visit(stream, cell, byte in row, bytes) for each run of whole rows, and for each part of
@@ -90,7 +89,6 @@ class KvStore {
 
   Shape shape_;
   std::vector<std::unique_ptr<cache::LayerCache>> streams_;
-  double policy_seconds_ = 0;
   std::vector<std::uint64_t> writers_;                 // per stream, 0 = nobody
   std::vector<std::uint32_t> put_cells_;               // of put(), kept for its memory
   std::vector<const cache::LayerCache*> copied_from_;  // per stream: values came with the keys

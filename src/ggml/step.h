@@ -45,7 +45,6 @@ class StepContext {
   StepContext(const kernels::KernelTable* kernels, std::uint64_t id) : attention(kernels), id(id) {}
 
   cache::Attention attention;
-  std::atomic<std::uint32_t> n_attending{0};  // threads that have not finished attention.run()
   VisibilityPool visibilities;
   const std::uint64_t id;  // of this backend, never 0 and never used again
 

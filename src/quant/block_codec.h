@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <span>
 
+#include "base/task_team.h"
 #include "format/block.h"
 
 namespace zipcache::quant {
@@ -40,10 +41,10 @@ struct QuantRules {
 // and is overwritten whole. Arithmetic is float without contraction: the same bytes on every
 // machine. Non-finite inputs: NaN counts as 0 and infinities as the largest finite half in ranges
 // and codes; no NaN reaches a code or parameter. Magnitudes above 2^100 count as 2^100; parameters
-// beyond fp16 are stored as its largest finite value.
+// beyond fp16 are stored as its largest finite value. `team`: takes heads in parallel; same bytes.
 void encode_block(const format::BlockLayout& layout, const QuantRules& rules,
                   std::span<const float> keys, std::span<const float> values,
-                  std::span<const std::uint8_t> tiers, std::byte* block);
+                  std::span<const std::uint8_t> tiers, std::byte* block, TaskTeam* team = nullptr);
 
 // The stored values in token order; same shapes as above. Either output may be empty.
 void decode_block(const format::BlockLayout& layout, const std::byte* block, std::span<float> keys,

@@ -54,18 +54,18 @@ class TensorEncoder {
     ZC_CHECK(!format_.reordered || rules.channel_order.size() == row);
   }
 
-  void encode() {
-    const std::uint32_t n_heads = layout_.shape().n_kv_heads;
+  // Heads [begin, end). Each head has bytes of its own.
+  void encode(std::uint32_t begin, std::uint32_t end) {
     if (format_.slot_shared) {
       shared_ranges_.resize(n_tokens_);
-      for (std::uint32_t head = 0; head < n_heads; ++head) {
+      for (std::uint32_t head = 0; head < layout_.shape().n_kv_heads; ++head) {
         load(head);
         for (std::size_t slot = 0; slot < n_tokens_; ++slot) {
           shared_ranges_[slot].include(range_of(row(slot), n_channels_));
         }
       }
     }
-    for (std::uint32_t head = 0; head < n_heads; ++head) {
+    for (std::uint32_t head = begin; head < end; ++head) {
       load(head);
       const bool corrected = format_.rank > 0 || format_.outliers > 0;
       const AlignedVector<float> exact = corrected ? rows_ : AlignedVector<float>();
@@ -324,6 +324,21 @@ class TensorEncoder {
   std::vector<std::uint8_t> codes_, transposed_;
 };
 
+// What can be encoded apart: heads [begin, end) of a tensor.
+struct Part {
+  Tensor tensor;
+  std::uint32_t begin, end;
+};
+
+// Where tokens share their range among the heads, a tensor is one part.
+void add_parts(const BlockLayout& layout, Tensor tensor, std::vector<Part>* parts) {
+  const std::uint32_t n_heads = layout.shape().n_kv_heads;
+  const std::uint32_t step = layout.tensor(tensor).slot_shared ? n_heads : 1;
+  for (std::uint32_t head = 0; head < n_heads; head += step) {
+    parts->push_back({tensor, head, head + step});
+  }
+}
+
 std::size_t tensor_size(const BlockLayout& layout, Tensor t) {
   return std::size_t{layout.shape().n_tokens} * layout.shape().n_kv_heads * layout.head_dim(t);
 }
@@ -332,7 +347,7 @@ std::size_t tensor_size(const BlockLayout& layout, Tensor t) {
 
 void encode_block(const BlockLayout& layout, const QuantRules& rules, std::span<const float> keys,
                   std::span<const float> values, std::span<const std::uint8_t> tiers,
-                  std::byte* block) {
+                  std::byte* block, TaskTeam* team) {
   const std::size_t n_tokens = layout.shape().n_tokens;
   ZC_CHECK(keys.size() == tensor_size(layout, Tensor::kKey));
   ZC_CHECK(values.size() == tensor_size(layout, Tensor::kValue));
@@ -344,8 +359,15 @@ void encode_block(const BlockLayout& layout, const QuantRules& rules, std::span<
       format::write_tiers(layout, block, head, &tiers[head * n_tokens]);
     }
   }
-  TensorEncoder(layout, Tensor::kKey, rules.key, keys, block).encode();
-  TensorEncoder(layout, Tensor::kValue, rules.value, values, block).encode();
+  std::vector<Part> parts;
+  add_parts(layout, Tensor::kKey, &parts);
+  add_parts(layout, Tensor::kValue, &parts);
+  for_each(team, parts.size(), [&](std::size_t i) {
+    const auto& [tensor, begin, end] = parts[i];
+    const bool is_key = tensor == Tensor::kKey;
+    TensorEncoder(layout, tensor, is_key ? rules.key : rules.value, is_key ? keys : values, block)
+        .encode(begin, end);
+  });
 }
 
 void replace_keys(const BlockLayout& layout, const QuantRules& rules, std::span<const float> keys,
@@ -367,7 +389,7 @@ void replace_keys(const BlockLayout& layout, const QuantRules& rules, std::span<
   }
   kept.channel_order = order;
   kept.given_factors = factors;
-  TensorEncoder(layout, Tensor::kKey, kept, keys, block).encode();
+  TensorEncoder(layout, Tensor::kKey, kept, keys, block).encode(0, layout.shape().n_kv_heads);
 }
 
 void replace_values(const BlockLayout& from, const std::byte* block, const BlockLayout& layout,
@@ -382,7 +404,7 @@ void replace_values(const BlockLayout& from, const std::byte* block, const Block
     format::write_tiers(layout, out, head, tiers.data());
     format::copy_tensor(from, block, layout, out, Tensor::kKey, head);
   }
-  TensorEncoder(layout, Tensor::kValue, rules, values, out).encode();
+  TensorEncoder(layout, Tensor::kValue, rules, values, out).encode(0, layout.shape().n_kv_heads);
 }
 
 }  // namespace zipcache::quant
