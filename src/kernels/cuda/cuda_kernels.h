@@ -33,9 +33,11 @@ Status decode(const DecodeParams& params, const DecodeSetup& setup, Stream strea
 
 // --- Prefill attention ---------------------------------------------------------------------------
 
-// Into how many parts to cut the keys of every query tile and head, so that `resident_blocks` (of
-// the device: prefill_resident_blocks()) have work. `n_tokens`: of a row, about.
+// How many blocks of it the device runs at once; call once per device and head_dim before
+// prefill().
 Expected<int> prefill_resident_blocks(int head_dim);
+// Into how many parts to cut the keys of every query tile and head, so that all these blocks have
+// work. `n_tokens`: of a row, about.
 int prefill_splits(const PrefillParams& params, int n_tokens, int resident_blocks);
 // Sizes of the workspace of a launch; none is needed with one split.
 std::size_t prefill_partial_floats(const PrefillParams& params);

@@ -62,13 +62,13 @@ struct DecodeParams {
 };
 
 // Attention of any number of query tokens over one sequence store (a layer of one stream): sealed
-// pages and fp16 rows, with a mask. The general case: prefill of a chunk after a sealed past, several
-// sequences in one store, sliding windows, overwritten cells. Row = KV head.
+// pages and fp16 rows, with a mask. The general case: prefill of a chunk after a sealed past,
+// several sequences in one store, sliding windows, overwritten cells. Row = KV head.
 //
 //   weight of token t for query n, head h:  x = scale * q . k;  x = softcap * tanh(x / softcap), if
-//   softcap > 0;  x += slope[h] * mask[n, cell of t].  A token is not seen when its mask is -inf, or
-//   its cell is < 0. A sink joins maximum and sum without a value. No token seen: zeros, lse -inf
-//   (or the sink's).
+//   softcap > 0;  x += slope[h] * mask[n, cell of t].  A token is not seen when its mask is -inf,
+//   or its cell is < 0. A sink joins maximum and sum without a value. No token seen: zeros, lse
+//   -inf (or the sink's).
 struct PrefillParams {
   std::int32_t n_queries = 0;
   std::int32_t n_kv_heads = 0;
@@ -91,15 +91,16 @@ struct PrefillParams {
   // Sealed tokens: pages [row_begin[r], row_begin[r + 1]) of row r. No pages: row_begin nullptr.
   const std::uint8_t* pool = nullptr;  // 128-byte aligned
   PageClass classes[kMaxClasses];
-  const PageEntry* pages = nullptr;           // of all rows, row after row
-  const std::int32_t* page_cells = nullptr;   // [pages, kPageTokens]: the slot's cell, < 0: dead
-  const std::int32_t* row_begin = nullptr;    // [n_kv_heads + 1]
-  const std::int32_t* set_base = nullptr;     // [n_kv_heads]: first scale set of the row
-  const HalfBits* key_sets = nullptr;         // [sets, 2, head_dim]: scale, min
-  const float* value_factors = nullptr;       // [n_kv_heads, head_dim]
+  const PageEntry* pages = nullptr;          // of all rows, row after row
+  const std::int32_t* page_cells = nullptr;  // [pages, kPageTokens]: the slot's cell, < 0: dead
+  const std::int32_t* row_begin = nullptr;   // [n_kv_heads + 1]
+  const std::int32_t* set_base = nullptr;    // [n_kv_heads]: first scale set of the row
+  const HalfBits* key_sets = nullptr;        // [sets, 2, head_dim]: scale, min
+  const float* value_factors = nullptr;      // [n_kv_heads, head_dim]
 
   // fp16 tokens, sealed never or not yet; element (token, head, channel) at token *
-  // dense_token_stride + head * dense_head_stride + channel; 16-byte aligned. Values must be finite.
+  // dense_token_stride + head * dense_head_stride + channel; 16-byte aligned. Values must be
+  // finite.
   std::int32_t n_dense = 0;
   const HalfBits* dense_k = nullptr;
   const HalfBits* dense_v = nullptr;

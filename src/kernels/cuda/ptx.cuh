@@ -39,6 +39,13 @@ __device__ __forceinline__ float exp2(float x) {
   return y;
 }
 
+// 1 / x to one unit in the last place.
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // (x & mask) | bits in one operation. Left to itself the compiler takes two, each with a constant
 // of its own (measured: 128 instead of 64 per tile and tensor).
 __device__ __forceinline__ uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) {
@@ -54,6 +61,23 @@ __device__ __forceinline__ uint32_t pack_half2(float low, float high) {
   return out;
 }
 
+// Arithmetic on pairs of fp16 numbers, each result rounded once.
+__device__ __forceinline__ uint32_t fma_half2(uint32_t x, uint32_t y, uint32_t z) {
+  uint32_t out;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(x), "r"(y), "r"(z));
+  return out;
+}
+__device__ __forceinline__ uint32_t mul_half2(uint32_t x, uint32_t y) {
+  uint32_t out;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(out) : "r"(x), "r"(y));
+  return out;
+}
+__device__ __forceinline__ uint32_t sub_half2(uint32_t x, uint32_t y) {
+  uint32_t out;
+  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(out) : "r"(x), "r"(y));
+  return out;
+}
+
 __device__ __forceinline__ float low_half(uint32_t pair) {
   float out;
   asm("{.reg .f16 lo, hi; mov.b32 {lo, hi}, %1; cvt.f32.f16 %0, lo;}" : "=f"(out) : "r"(pair));
@@ -65,6 +89,13 @@ __device__ __forceinline__ float high_half(uint32_t pair) {
   return out;
 }
 
+// The same number, of which the compiler knows nothing: what depends on it is computed where it is
+// used, not before the loop, where it would hold registers.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // 16 bytes of read-only global memory. Unlike __ldg it stays where it is written among the matrix
 // instructions: hoisting all loads of a tile to its start would spill.
 __device__ __forceinline__ uint4 load_16(const void* from) {
@@ -72,6 +103,15 @@ __device__ __forceinline__ uint4 load_16(const void* from) {
   asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "l"(from));
+  return v;
+}
+
+// The same of shared memory.
+__device__ __forceinline__ uint4 load_shared_16(const void* from) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(from))));
   return v;
 }
 

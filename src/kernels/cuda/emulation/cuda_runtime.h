@@ -62,7 +62,7 @@ void run(dim3 grid, dim3 block, std::size_t shared_bytes, const std::function<vo
 
 std::uint8_t* shared_memory();  // of the running block
 void yield();                   // lets other fibers run; throws when nothing ever happens
-void block_barrier();
+bool block_barrier(bool predicate = false);  // whether any thread came with `true`
 
 enum class Operation { kSync, kShuffle, kVote, kMatrix, kTranspose };
 
@@ -123,6 +123,9 @@ inline void __syncwarp() {
   emulation::exchange(emulation::Operation::kSync, nullptr, 0);
 }
 inline void __syncthreads() { zipcache::cuda::emulation::block_barrier(); }
+inline int __syncthreads_or(int predicate) {
+  return zipcache::cuda::emulation::block_barrier(predicate != 0) ? 1 : 0;
+}
 inline void __threadfence() {}
 
 inline std::uint32_t atomicAdd(std::uint32_t* p, std::uint32_t x) {
