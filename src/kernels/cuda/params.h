@@ -57,6 +57,9 @@ struct DecodeParams {
 
   const WorkItem* items = nullptr;  // [>= n_blocks]: block b starts at item b
   std::int32_t n_blocks = 0;
+  // The launch may start before the kernel ahead of it in the stream ends (on sm_90), if that one
+  // wrote neither pages nor items. Queries, tails and the workspace are touched after it has ended.
+  bool start_early = false;
   float* partials = nullptr;         // [n_partials, group, head_dim + 2]
   std::uint32_t* tickets = nullptr;  // [rows], zero; left zero
 };

@@ -16,6 +16,7 @@ namespace {
 constexpr int kProbeWarps = 8;
 constexpr int kProbeThreads = kProbeWarps * kWarpLanes;
 constexpr int kBlockKeys = kProbeWarps * 32;
+constexpr int kParts = 2;  // columns by eights that a warp multiplies at once: independent sums
 constexpr int kTileColumns = 64;  // (probe, query head) pairs per stage
 
 // [two stages of 64 query rows][two stages of (lse, position) of 64 columns]
@@ -110,28 +111,34 @@ __global__ void __launch_bounds__(kProbeThreads, kHeadDim == 256 ? 1 : 2)
     // Positions ascend: if the tile's first probe sees the warp's last key, all see all.
     const bool masked = __float_as_int(columns[stage * kTileColumns].y) < first_key + 31;
 #pragma unroll 1
-    for (int part = 0; part < kTileColumns / 8; ++part) {
-      float s[2][4] = {};
+    for (int part = 0; part < kTileColumns / 8; part += kParts) {
+      float s[kParts][2][4] = {};
 #pragma unroll
       for (int chunk = 0; chunk < kHeadDim / 32; ++chunk) {
-        const uint4 q =
-            *reinterpret_cast<const uint4*>(rows + unit_of(part * 8 + g, chunk * 4 + i) * 16);
 #pragma unroll
-        for (int block = 0; block < 2; ++block) {
-          ptx::mma_16x8x16(s[block], keys[block][chunk * 2], q.x, q.y);
-          ptx::mma_16x8x16(s[block], keys[block][chunk * 2 + 1], q.z, q.w);
+        for (int of = 0; of < kParts; ++of) {
+          const uint4 q = *reinterpret_cast<const uint4*>(
+              rows + unit_of((part + of) * 8 + g, chunk * 4 + i) * 16);
+#pragma unroll
+          for (int block = 0; block < 2; ++block) {
+            ptx::mma_16x8x16(s[of][block], keys[block][chunk * 2], q.x, q.y);
+            ptx::mma_16x8x16(s[of][block], keys[block][chunk * 2 + 1], q.z, q.w);
+          }
         }
       }
-      const float4 about =
-          *reinterpret_cast<const float4*>(columns + stage * kTileColumns + part * 8 + i * 2);
-      const float lse[2] = {about.x, about.z};
-      const int position[2] = {__float_as_int(about.y), __float_as_int(about.w)};
 #pragma unroll
-      for (int n = 0; n < 4; ++n) {
+      for (int of = 0; of < kParts; ++of) {
+        const float4 about = *reinterpret_cast<const float4*>(columns + stage * kTileColumns +
+                                                              (part + of) * 8 + i * 2);
+        const float lse[2] = {about.x, about.z};
+        const int position[2] = {__float_as_int(about.y), __float_as_int(about.w)};
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const float weight = ptx::exp2(fmaf(s[n / 2][n % 2 * 2 + e], log2_scale, -lse[e]));
-          sums[n] += masked && position[e] < first_key + n * 8 + g ? 0.0f : weight;
+        for (int n = 0; n < 4; ++n) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const float weight = ptx::exp2(fmaf(s[of][n / 2][n % 2 * 2 + e], log2_scale, -lse[e]));
+            sums[n] += masked && position[e] < first_key + n * 8 + g ? 0.0f : weight;
+          }
         }
       }
     }

@@ -120,6 +120,20 @@ __device__ __forceinline__ void prefetch(const void* from) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
 }
 
+// Waits until the launch before this one in the stream has ended and its writes are visible.
+// Without DecodeParams::start_early it has; before sm_90 too.
+__device__ __forceinline__ void wait_for_launch_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// The next launch may take what this one leaves free; it waits for this one's end by itself.
+__device__ __forceinline__ void let_next_launch_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // Adds 1 and returns what was there. What the block wrote before its barrier is visible to the
 // block that sees this addition, and the other way round.
 __device__ __forceinline__ uint32_t take_ticket(uint32_t* counter) {

@@ -42,6 +42,8 @@ inline Barrier& barrier_at(uint32_t address) { return *reinterpret_cast<Barrier*
 }  // namespace internal
 
 inline void prefetch(const void*) {}
+inline void wait_for_launch_before() {}
+inline void let_next_launch_start() {}
 inline uint32_t take_ticket(uint32_t* counter) { return (*counter)++; }
 
 inline void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
