@@ -4,7 +4,8 @@
 //   largest
 //                  |value| per channel; slabs meet in atomic maxima, which no order can change
 //   finish_params  per (head, channel): fp16 scale and minimum per scale set, channel factors
-//   pack_tiles     one warp per tile: codes in registers, words in the order of device_page.h
+//   pack_tiles     one warp per tile and tensor (blocks take turns): codes in registers, words in
+//                  the order of device_page.h
 //
 // The arithmetic is that of quant/grid.cc: parameters are rounded first and codes follow from the
 // rounded ones, half to even, clamped.
@@ -200,14 +201,12 @@ __global__ void finish_params(const __grid_constant__ PackParams p) {
       ldexpf(factor > 0 ? factor : 1.0f, exponent);
 }
 
-// The 8 channels from `channel` on of a slot of a head, as floats; zeros for an unused slot.
-__device__ __forceinline__ void load_channels(const HalfBits* base, int64_t at, bool used,
-                                              float (&x)[8]) {
-  uint4 v = {0, 0, 0, 0};
-  if (used) {
-    v = __ldg(reinterpret_cast<const uint4*>(base + at));
-  }
-  const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
+// 8 channels of a slot of a head: fp16 as it lies in memory; zeros for an unused slot.
+__device__ __forceinline__ uint4 load_channels(const HalfBits* base, int64_t at, bool used) {
+  return used ? __ldg(reinterpret_cast<const uint4*>(base + at)) : uint4{0, 0, 0, 0};
+}
+__device__ __forceinline__ void to_floats(const uint4& halves, float (&x)[8]) {
+  const uint32_t pairs[4] = {halves.x, halves.y, halves.z, halves.w};
 #pragma unroll
   for (int pair = 0; pair < 4; ++pair) {
     x[pair * 2] = finite(ptx::low_half(pairs[pair]));
@@ -220,55 +219,125 @@ __device__ __forceinline__ void pack_keys(const PackParams& p, const int64_t (&r
                                           const bool (&used)[4], const HalfBits* set, int lane,
                                           uint8_t* tile) {
   constexpr float kLevels = (1 << kBits) - 1;
+  constexpr int kBatch = 2;  // chunks whose loads are under way together
   const int first = (lane & 3) * 8;
 #pragma unroll 1
-  for (int chunk = 0; chunk < kHeadDim / 32; ++chunk) {
-    float scale[8], inverse[8], low[8];
-    load_channels(set, chunk * 32 + first, true, scale);
-    load_channels(set + kHeadDim, chunk * 32 + first, true, low);
+  for (int batch = 0; batch < kHeadDim / 32; batch += kBatch) {
+    uint4 keys[kBatch][4];
 #pragma unroll
-    for (int c = 0; c < 8; ++c) {
-      inverse[c] = 1.0f / scale[c];
-    }
-    uint32_t codes[4][8];
+    for (int c = 0; c < kBatch; ++c) {
 #pragma unroll
-    for (int n = 0; n < 4; ++n) {  // tokens g + 8n
-      float x[8];
-      load_channels(p.k, rows[n] + chunk * 32 + first, used[n], x);
-#pragma unroll
-      for (int c = 0; c < 8; ++c) {
-        const float code =
-            fminf(fmaxf(rintf(quotient(x[c] - low[c], scale[c], inverse[c])), 0.0f), kLevels);
-        codes[n][c] = used[n] ? static_cast<uint32_t>(code) : 0u;
+      for (int n = 0; n < 4; ++n) {  // tokens g + 8n
+        keys[c][n] = load_channels(p.k, rows[n] + (batch + c) * 32 + first, used[n]);
       }
     }
-    store_key_words<kHeadDim, kBits>(tile, lane, chunk, codes);
+#pragma unroll
+    for (int c = 0; c < kBatch; ++c) {
+      const int chunk = batch + c;
+      float scale[8], inverse[8], low[8];
+      to_floats(load_channels(set, chunk * 32 + first, true), scale);
+      to_floats(load_channels(set + kHeadDim, chunk * 32 + first, true), low);
+#pragma unroll
+      for (int channel = 0; channel < 8; ++channel) {
+        inverse[channel] = 1.0f / scale[channel];
+      }
+      uint32_t codes[4][8];
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        float x[8];
+        to_floats(keys[c][n], x);
+#pragma unroll
+        for (int channel = 0; channel < 8; ++channel) {
+          const float steps = quotient(x[channel] - low[channel], scale[channel], inverse[channel]);
+          const float code = fminf(fmaxf(rintf(steps), 0.0f), kLevels);
+          codes[n][channel] = used[n] ? static_cast<uint32_t>(code) : 0u;
+        }
+      }
+      store_key_words<kHeadDim, kBits>(tile, lane, chunk, codes);
+    }
   }
 }
+
+// The lane's 8 channels of every 64, of its 8 tokens, divided by their factors. Up to 128 channels
+// stay in registers from the search for the ranges to the codes; more are read again.
+template <int kHeadDim>
+class LaneValues {
+ public:
+  __device__ __forceinline__ LaneValues(const PackParams& p, const int64_t (&rows)[8],
+                                        const bool (&used)[8], const float* factors, int lane)
+      : p_(p), rows_(rows), used_(used), factors_(factors + (lane >> 2) * 8) {
+    if constexpr (kHeld) {
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+        for (int token = 0; token < 8; ++token) {
+          held_[part][token] = load(part, token, lane);
+        }
+      }
+    }
+  }
+  // Calls use(part, token, x) for all tokens of all parts, and then(part) after each part.
+  template <typename Use, typename Then>
+  __device__ __forceinline__ void for_each(int lane, Use use, Then then) const {
+    if constexpr (kHeld) {
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        visit(part, lane, use);
+        then(part);
+      }
+    } else {
+#pragma unroll 1
+      for (int part = 0; part < kParts; ++part) {
+        visit(part, lane, use);
+        then(part);
+      }
+    }
+  }
+
+ private:
+  static constexpr int kParts = kHeadDim / 64;
+  static constexpr bool kHeld = kHeadDim <= 128;
+
+  __device__ __forceinline__ uint4 load(int part, int token, int lane) const {
+    return load_channels(p_.v, rows_[token] + part * 64 + (lane >> 2) * 8, used_[token]);
+  }
+  template <typename Use>
+  __device__ __forceinline__ void visit(int part, int lane, Use use) const {
+    float factor[8], inverse[8];
+#pragma unroll
+    for (int c = 0; c < 8; ++c) {
+      factor[c] = __ldg(factors_ + part * 64 + c);
+      inverse[c] = 1.0f / factor[c];
+    }
+#pragma unroll
+    for (int token = 0; token < 8; ++token) {
+      float x[8];
+      if constexpr (kHeld) {
+        to_floats(held_[part][token], x);
+      } else {
+        to_floats(load(part, token, lane), x);
+      }
+#pragma unroll
+      for (int c = 0; c < 8; ++c) {
+        x[c] = quotient(x[c], factor[c], inverse[c]);
+      }
+      use(part, token, x);
+    }
+  }
+
+  const PackParams& p_;
+  const int64_t (&rows_)[8];
+  const bool (&used_)[8];
+  const float* factors_;
+  uint4 held_[kHeld ? kParts : 1][8];
+};
 
 template <int kHeadDim, int kBits>
 __device__ __forceinline__ void pack_values(const PackParams& p, const int64_t (&rows)[8],
                                             const bool (&used)[8], const float* factors, float clip,
                                             int lane, uint8_t* codes_at, HalfBits* params) {
   constexpr float kLevels = (1 << kBits) - 1;
-  const int first = (lane >> 2) * 8;
-  struct Factors {
-    float factor[8], inverse[8];
-    __device__ __forceinline__ explicit Factors(const float* from) {
-#pragma unroll
-      for (int c = 0; c < 8; ++c) {
-        factor[c] = __ldg(from + c);
-        inverse[c] = 1.0f / factor[c];
-      }
-    }
-  };
-  const auto load = [&](const Factors& by, int part, int token, float(&x)[8]) {
-    load_channels(p.v, rows[token] + part * 64 + first, used[token], x);
-#pragma unroll
-    for (int c = 0; c < 8; ++c) {
-      x[c] = quotient(x[c], by.factor[c], by.inverse[c]);
-    }
-  };
+  const LaneValues<kHeadDim> values(p, rows, used, factors, lane);
 
   // Ranges of the lane's 8 tokens over all channels: its own, then the 8 lanes that share the
   // tokens.
@@ -277,20 +346,16 @@ __device__ __forceinline__ void pack_values(const PackParams& p, const int64_t (
   for (int token = 0; token < 8; ++token) {
     largest[token] = -INFINITY, least[token] = INFINITY;
   }
-#pragma unroll 1
-  for (int part = 0; part < kHeadDim / 64; ++part) {
-    const Factors by(factors + part * 64 + first);
+  values.for_each(
+      lane,
+      [&](int, int token, const float(&x)[8]) {
 #pragma unroll
-    for (int token = 0; token < 8; ++token) {
-      float x[8];
-      load(by, part, token, x);
-#pragma unroll
-      for (int c = 0; c < 8; ++c) {
-        largest[token] = fmaxf(largest[token], x[c]);
-        least[token] = fminf(least[token], x[c]);
-      }
-    }
-  }
+        for (int c = 0; c < 8; ++c) {
+          largest[token] = fmaxf(largest[token], x[c]);
+          least[token] = fminf(least[token], x[c]);
+        }
+      },
+      [](int) {});
 #pragma unroll
   for (int token = 0; token < 8; ++token) {
     float max = largest[token], min = least[token];
@@ -315,30 +380,26 @@ __device__ __forceinline__ void pack_values(const PackParams& p, const int64_t (
       params[zero_index(t)] = static_cast<HalfBits>(ptx::pack_half2(used[token] ? zero : 0, 0));
     }
   }
-#pragma unroll 1
-  for (int part = 0; part < kHeadDim / 64; ++part) {
-    const Factors by(factors + part * 64 + first);
-    uint32_t codes[8][8];  // [token][channel]
+  uint32_t codes[8][8];  // [token][channel]
+  values.for_each(
+      lane,
+      [&](int, int token, const float(&x)[8]) {
 #pragma unroll
-    for (int token = 0; token < 8; ++token) {
-      float x[8];
-      load(by, part, token, x);
-#pragma unroll
-      for (int c = 0; c < 8; ++c) {
-        const float code = fminf(
-            fmaxf(rintf(quotient(x[c] - low[token], scale[token], inverse[token])), 0.0f), kLevels);
-        codes[token][c] = used[token] ? static_cast<uint32_t>(code) : 0u;
-      }
-    }
-    store_value_words<kHeadDim, kBits>(codes_at, lane, part, codes);
-  }
+        for (int c = 0; c < 8; ++c) {
+          const float steps = quotient(x[c] - low[token], scale[token], inverse[token]);
+          const float code = fminf(fmaxf(rintf(steps), 0.0f), kLevels);
+          codes[token][c] = static_cast<uint32_t>(code);  // 0 for an unused token: it is all zeros
+        }
+      },
+      [&](int part) { store_value_words<kHeadDim, kBits>(codes_at, lane, part, codes); });
 }
 
 template <int kHeadDim>
 __global__ void __launch_bounds__(kPackWarps* kWarpLanes, 3)
     pack_tiles(const __grid_constant__ PackParams p, int n_pages) {
   const int lane = threadIdx.x % kWarpLanes;
-  const int tile_index = blockIdx.x * kPackWarps + threadIdx.x / kWarpLanes;
+  const int tile_index = blockIdx.x / 2 * kPackWarps + threadIdx.x / kWarpLanes;
+  const bool packs_keys = blockIdx.x % 2 == 0;
   const int head = blockIdx.y;
   const int page = tile_index / kTilesPerPage;
   if (page >= n_pages) {
@@ -365,37 +426,42 @@ __global__ void __launch_bounds__(kPackWarps* kWarpLanes, 3)
                 : 0;
   };
 
-  int64_t key_rows[4], value_rows[8];
-  bool key_used[4], value_used[8];
+  if (packs_keys) {
+    int64_t rows[4];
+    bool used[4];
 #pragma unroll
-  for (int n = 0; n < 4; ++n) {
-    const int token = n * 8 + (lane >> 2);
-    key_used[n] = token < n_used;
-    key_rows[n] = start_of(token, key_used[n]);
-  }
-  const HalfBits* set =
-      p.key_sets +
-      (static_cast<int64_t>(head) * p.n_key_sets + p.key_set[entry.cls]) * 2 * kHeadDim;
-  switch (cls.key_bits) {
-    case 2:
-      pack_keys<kHeadDim, 2>(p, key_rows, key_used, set, lane, to);
-      break;
-    case 3:
-      pack_keys<kHeadDim, 3>(p, key_rows, key_used, set, lane, to);
-      break;
-    case 4:
-      pack_keys<kHeadDim, 4>(p, key_rows, key_used, set, lane, to);
-      break;
-    default:
-      pack_keys<kHeadDim, 8>(p, key_rows, key_used, set, lane, to);
-      break;
+    for (int n = 0; n < 4; ++n) {
+      const int token = n * 8 + (lane >> 2);
+      used[n] = token < n_used;
+      rows[n] = start_of(token, used[n]);
+    }
+    const HalfBits* set =
+        p.key_sets +
+        (static_cast<int64_t>(head) * p.n_key_sets + p.key_set[entry.cls]) * 2 * kHeadDim;
+    switch (cls.key_bits) {
+      case 2:
+        pack_keys<kHeadDim, 2>(p, rows, used, set, lane, to);
+        break;
+      case 3:
+        pack_keys<kHeadDim, 3>(p, rows, used, set, lane, to);
+        break;
+      case 4:
+        pack_keys<kHeadDim, 4>(p, rows, used, set, lane, to);
+        break;
+      default:
+        pack_keys<kHeadDim, 8>(p, rows, used, set, lane, to);
+        break;
+    }
+    return;
   }
 
+  int64_t rows[8];
+  bool used[8];
 #pragma unroll
   for (int n = 0; n < 8; ++n) {
     const int token = n / 4 * 16 + n / 2 % 2 * 8 + (lane & 3) * 2 + n % 2;
-    value_used[n] = token < n_used;
-    value_rows[n] = start_of(token, value_used[n]);
+    used[n] = token < n_used;
+    rows[n] = start_of(token, used[n]);
   }
   uint8_t* codes = to + tile_value_offset(kHeadDim, cls.key_bits);
   HalfBits* params =
@@ -404,16 +470,16 @@ __global__ void __launch_bounds__(kPackWarps* kWarpLanes, 3)
   const float clip = p.value_clip[entry.cls];
   switch (cls.value_bits) {
     case 2:
-      pack_values<kHeadDim, 2>(p, value_rows, value_used, factors, clip, lane, codes, params);
+      pack_values<kHeadDim, 2>(p, rows, used, factors, clip, lane, codes, params);
       break;
     case 3:
-      pack_values<kHeadDim, 3>(p, value_rows, value_used, factors, clip, lane, codes, params);
+      pack_values<kHeadDim, 3>(p, rows, used, factors, clip, lane, codes, params);
       break;
     case 4:
-      pack_values<kHeadDim, 4>(p, value_rows, value_used, factors, clip, lane, codes, params);
+      pack_values<kHeadDim, 4>(p, rows, used, factors, clip, lane, codes, params);
       break;
     default:
-      pack_values<kHeadDim, 8>(p, value_rows, value_used, factors, clip, lane, codes, params);
+      pack_values<kHeadDim, 8>(p, rows, used, factors, clip, lane, codes, params);
       break;
   }
 }
@@ -435,7 +501,7 @@ cudaError_t launch_pack(const PackParams& p, int n_pages, cudaStream_t stream) {
   if (error != cudaSuccess) {
     return error;
   }
-  const dim3 tiles((n_pages * kTilesPerPage + kPackWarps - 1) / kPackWarps, p.n_kv_heads);
+  const dim3 tiles((n_pages * kTilesPerPage + kPackWarps - 1) / kPackWarps * 2, p.n_kv_heads);
   const auto pack_with = [&](auto kernel) {
     return launch_kernel(kernel, tiles, kPackWarps * kWarpLanes, 0, stream, p, n_pages);
   };

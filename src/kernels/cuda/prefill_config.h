@@ -8,7 +8,14 @@ namespace zipcache::cuda {
 inline constexpr int kPrefillWarps = 4;
 inline constexpr int kPrefillThreads = kPrefillWarps * kWarpLanes;
 // Wider blocks would share the expanded keys among more rows, and spill.
-ZC_HOST_DEVICE constexpr int prefill_blocks_per_sm(int head_dim) { return head_dim == 256 ? 2 : 3; }
+// Before sm_90 three do not fit either.
+ZC_HOST_DEVICE constexpr int prefill_blocks_per_sm(int head_dim) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  return head_dim == 64 ? 3 : 2;
+#else
+  return head_dim == 256 ? 2 : 3;
+#endif
+}
 inline constexpr int kPrefillRows = kPrefillWarps * 16;  // (query, head of the group) of a block
 
 ZC_HOST_DEVICE constexpr int prefill_tile_queries(int group) { return kPrefillRows / group; }

@@ -33,6 +33,9 @@
 #define __launch_bounds__(...)
 #define __shared__ static  // one block at a time, all threads in one
 
+struct alignas(8) int2 {
+  int x, y;
+};
 struct alignas(8) uint2 {
   std::uint32_t x, y;
 };
