@@ -1,11 +1,11 @@
 // Quantize and pack: fp16 keys and values of a prompt or of a full tail become device pages.
 //
-//   find_ranges    per (head, slab of slots): channel minima and maxima of keys per scale set,
-//   largest
-//                  |value| per channel; slabs meet in atomic maxima, which no order can change
+//   find_ranges    per (head, slab of slots): channel minima and maxima of keys per scale set, the
+//                  largest |value| per channel; slabs meet in atomic maxima, which no order can
+//                  change
 //   finish_params  per (head, channel): fp16 scale and minimum per scale set, channel factors
-//   pack_tiles     one warp per tile and tensor (blocks take turns): codes in registers, words in
-//                  the order of device_page.h
+//   pack_tiles     one warp per tile and tensor: codes in registers, words in the order of
+//                  device_page.h
 //
 // The arithmetic is that of quant/grid.cc: parameters are rounded first and codes follow from the
 // rounded ones, half to even, clamped.
@@ -207,18 +207,34 @@ __device__ __forceinline__ uint4 load_channels(const HalfBits* base, int64_t at,
 }
 __device__ __forceinline__ void to_floats(const uint4& halves, float (&x)[8]) {
   const uint32_t pairs[4] = {halves.x, halves.y, halves.z, halves.w};
+  uint32_t carries = 0;  // bits 15, 31: an exponent of all ones
 #pragma unroll
   for (int pair = 0; pair < 4; ++pair) {
-    x[pair * 2] = finite(ptx::low_half(pairs[pair]));
-    x[pair * 2 + 1] = finite(ptx::high_half(pairs[pair]));
+    x[pair * 2] = ptx::low_half(pairs[pair]);
+    x[pair * 2 + 1] = ptx::high_half(pairs[pair]);
+    carries |= (pairs[pair] & 0x7c007c00u) + 0x04000400u;
   }
+  if ((carries & 0x80008000u) != 0) {
+#pragma unroll
+    for (int c = 0; c < 8; ++c) {
+      x[c] = finite(x[c]);
+    }
+  }
+}
+
+// `steps` from the lowest level on, rounded half to even and clamped: adding 1.5 * 2^23 rounds to
+// an integer and leaves it in the low bits, without a conversion.
+template <int kBits>
+__device__ __forceinline__ uint32_t code_of(float steps) {
+  constexpr uint32_t kLevels = (1 << kBits) - 1;
+  const float clamped = fminf(fmaxf(steps, 0.0f), static_cast<float>(kLevels));
+  return __float_as_uint(clamped + 12582912.0f) & kLevels;
 }
 
 template <int kHeadDim, int kBits>
 __device__ __forceinline__ void pack_keys(const PackParams& p, const int64_t (&rows)[4],
                                           const bool (&used)[4], const HalfBits* set, int lane,
                                           uint8_t* tile) {
-  constexpr float kLevels = (1 << kBits) - 1;
   constexpr int kBatch = 2;  // chunks whose loads are under way together
   const int first = (lane & 3) * 8;
 #pragma unroll 1
@@ -248,9 +264,9 @@ __device__ __forceinline__ void pack_keys(const PackParams& p, const int64_t (&r
         to_floats(keys[c][n], x);
 #pragma unroll
         for (int channel = 0; channel < 8; ++channel) {
-          const float steps = quotient(x[channel] - low[channel], scale[channel], inverse[channel]);
-          const float code = fminf(fmaxf(rintf(steps), 0.0f), kLevels);
-          codes[n][channel] = used[n] ? static_cast<uint32_t>(code) : 0u;
+          const uint32_t code =
+              code_of<kBits>(quotient(x[channel] - low[channel], scale[channel], inverse[channel]));
+          codes[n][channel] = used[n] ? code : 0u;
         }
       }
       store_key_words<kHeadDim, kBits>(tile, lane, chunk, codes);
@@ -258,104 +274,55 @@ __device__ __forceinline__ void pack_keys(const PackParams& p, const int64_t (&r
   }
 }
 
-// The lane's 8 channels of every 64, of its 8 tokens, divided by their factors. Up to 128 channels
-// stay in registers from the search for the ranges to the codes; more are read again.
-template <int kHeadDim>
-class LaneValues {
- public:
-  __device__ __forceinline__ LaneValues(const PackParams& p, const int64_t (&rows)[8],
-                                        const bool (&used)[8], const float* factors, int lane)
-      : p_(p), rows_(rows), used_(used), factors_(factors + (lane >> 2) * 8) {
-    if constexpr (kHeld) {
-#pragma unroll
-      for (int part = 0; part < kParts; ++part) {
-#pragma unroll
-        for (int token = 0; token < 8; ++token) {
-          held_[part][token] = load(part, token, lane);
-        }
-      }
-    }
-  }
-  // Calls use(part, token, x) for all tokens of all parts, and then(part) after each part.
-  template <typename Use, typename Then>
-  __device__ __forceinline__ void for_each(int lane, Use use, Then then) const {
-    if constexpr (kHeld) {
-#pragma unroll
-      for (int part = 0; part < kParts; ++part) {
-        visit(part, lane, use);
-        then(part);
-      }
-    } else {
-#pragma unroll 1
-      for (int part = 0; part < kParts; ++part) {
-        visit(part, lane, use);
-        then(part);
-      }
-    }
-  }
-
- private:
-  static constexpr int kParts = kHeadDim / 64;
-  static constexpr bool kHeld = kHeadDim <= 128;
-
-  __device__ __forceinline__ uint4 load(int part, int token, int lane) const {
-    return load_channels(p_.v, rows_[token] + part * 64 + (lane >> 2) * 8, used_[token]);
-  }
-  template <typename Use>
-  __device__ __forceinline__ void visit(int part, int lane, Use use) const {
-    float factor[8], inverse[8];
-#pragma unroll
-    for (int c = 0; c < 8; ++c) {
-      factor[c] = __ldg(factors_ + part * 64 + c);
-      inverse[c] = 1.0f / factor[c];
-    }
-#pragma unroll
-    for (int token = 0; token < 8; ++token) {
-      float x[8];
-      if constexpr (kHeld) {
-        to_floats(held_[part][token], x);
-      } else {
-        to_floats(load(part, token, lane), x);
-      }
-#pragma unroll
-      for (int c = 0; c < 8; ++c) {
-        x[c] = quotient(x[c], factor[c], inverse[c]);
-      }
-      use(part, token, x);
-    }
-  }
-
-  const PackParams& p_;
-  const int64_t (&rows_)[8];
-  const bool (&used_)[8];
-  const float* factors_;
-  uint4 held_[kHeld ? kParts : 1][8];
-};
-
 template <int kHeadDim, int kBits>
 __device__ __forceinline__ void pack_values(const PackParams& p, const int64_t (&rows)[8],
                                             const bool (&used)[8], const float* factors, float clip,
                                             int lane, uint8_t* codes_at, HalfBits* params) {
   constexpr float kLevels = (1 << kBits) - 1;
-  const LaneValues<kHeadDim> values(p, rows, used, factors, lane);
+  const int first = (lane >> 2) * 8;
+  // Calls use(token, x) for the lane's tokens with its 8 channels of `part`, divided by their
+  // factors. Keeping the values from one pass to the next was slower: 64 registers.
+  const auto for_tokens = [&](int part, auto use) {
+    uint4 raw[8];
+#pragma unroll
+    for (int token = 0; token < 8; ++token) {
+      raw[token] = load_channels(p.v, rows[token] + part * 64 + first, used[token]);
+    }
+    float factor[8], inverse[8];
+#pragma unroll
+    for (int c = 0; c < 8; ++c) {
+      factor[c] = __ldg(factors + part * 64 + first + c);
+      inverse[c] = 1.0f / factor[c];
+    }
+#pragma unroll
+    for (int token = 0; token < 8; ++token) {
+      float x[8];
+      to_floats(raw[token], x);
+#pragma unroll
+      for (int c = 0; c < 8; ++c) {
+        x[c] = quotient(x[c], factor[c], inverse[c]);
+      }
+      use(token, x);
+    }
+  };
 
   // Ranges of the lane's 8 tokens over all channels: its own, then the 8 lanes that share the
   // tokens.
-  float scale[8], inverse[8], low[8], largest[8], least[8];
+  float scale[8], low[8], largest[8], least[8];
 #pragma unroll
   for (int token = 0; token < 8; ++token) {
     largest[token] = -INFINITY, least[token] = INFINITY;
   }
-  values.for_each(
-      lane,
-      [&](int, int token, const float(&x)[8]) {
+#pragma unroll 1
+  for (int part = 0; part < kHeadDim / 64; ++part) {
+    for_tokens(part, [&](int token, const float(&x)[8]) {
 #pragma unroll
-        for (int c = 0; c < 8; ++c) {
-          largest[token] = fmaxf(largest[token], x[c]);
-          least[token] = fminf(least[token], x[c]);
-        }
-      },
-      [](int) {});
+      for (int c = 0; c < 8; ++c) {
+        largest[token] = fmaxf(largest[token], x[c]);
+        least[token] = fminf(least[token], x[c]);
+      }
+    });
+  }
 #pragma unroll
   for (int token = 0; token < 8; ++token) {
     float max = largest[token], min = least[token];
@@ -369,8 +336,7 @@ __device__ __forceinline__ void pack_values(const PackParams& p, const int64_t (
     scale[token] = rounded_half(fminf(((max - margin) - low[token]) / kLevels, 127.0f));
     const bool flat = !(scale[token] > 0);
     scale[token] = flat ? 1.0f : scale[token];
-    inverse[token] = 1.0f / scale[token];
-    const float zero = rounded_half(quotient(-low[token], scale[token], inverse[token]));
+    const float zero = rounded_half(-low[token] / scale[token]);
     low[token] = __fmul_rn(-zero, scale[token]);  // no contraction: testable to the bit
     if (lane < 4) {
       // Tokens of lane i: 2i, 2i+1, 2i+8, 2i+9, and those + 16.
@@ -380,26 +346,29 @@ __device__ __forceinline__ void pack_values(const PackParams& p, const int64_t (
       params[zero_index(t)] = static_cast<HalfBits>(ptx::pack_half2(used[token] ? zero : 0, 0));
     }
   }
-  uint32_t codes[8][8];  // [token][channel]
-  values.for_each(
-      lane,
-      [&](int, int token, const float(&x)[8]) {
+#pragma unroll 1
+  for (int part = 0; part < kHeadDim / 64; ++part) {
+    uint32_t codes[8][8];  // [token][channel]; 0 for an unused token, which is all zeros
+    for_tokens(part, [&](int token, const float(&x)[8]) {
+      const float inverse = 1.0f / scale[token];
 #pragma unroll
-        for (int c = 0; c < 8; ++c) {
-          const float steps = quotient(x[c] - low[token], scale[token], inverse[token]);
-          const float code = fminf(fmaxf(rintf(steps), 0.0f), kLevels);
-          codes[token][c] = static_cast<uint32_t>(code);  // 0 for an unused token: it is all zeros
-        }
-      },
-      [&](int part) { store_value_words<kHeadDim, kBits>(codes_at, lane, part, codes); });
+      for (int c = 0; c < 8; ++c) {
+        codes[token][c] = code_of<kBits>(quotient(x[c] - low[token], scale[token], inverse));
+      }
+    });
+    store_value_words<kHeadDim, kBits>(codes_at, lane, part, codes);
+  }
 }
 
 template <int kHeadDim>
 __global__ void __launch_bounds__(kPackWarps* kWarpLanes, 3)
-    pack_tiles(const __grid_constant__ PackParams p, int n_pages) {
+    pack_tiles(const __grid_constant__ PackParams p, int n_pages, int n_blocks) {
   const int lane = threadIdx.x % kWarpLanes;
-  const int tile_index = blockIdx.x / 2 * kPackWarps + threadIdx.x / kWarpLanes;
-  const bool packs_keys = blockIdx.x % 2 == 0;
+  // Keys first, then values: blocks that run together should run the same instructions, which do
+  // not all fit in the instruction cache.
+  const bool packs_keys = static_cast<int>(blockIdx.x) < n_blocks;
+  const int tile_index =
+      (packs_keys ? blockIdx.x : blockIdx.x - n_blocks) * kPackWarps + threadIdx.x / kWarpLanes;
   const int head = blockIdx.y;
   const int page = tile_index / kTilesPerPage;
   if (page >= n_pages) {
@@ -501,9 +470,10 @@ cudaError_t launch_pack(const PackParams& p, int n_pages, cudaStream_t stream) {
   if (error != cudaSuccess) {
     return error;
   }
-  const dim3 tiles((n_pages * kTilesPerPage + kPackWarps - 1) / kPackWarps * 2, p.n_kv_heads);
+  const int n_blocks = (n_pages * kTilesPerPage + kPackWarps - 1) / kPackWarps;  // of a tensor
+  const dim3 tiles(2 * n_blocks, p.n_kv_heads);
   const auto pack_with = [&](auto kernel) {
-    return launch_kernel(kernel, tiles, kPackWarps * kWarpLanes, 0, stream, p, n_pages);
+    return launch_kernel(kernel, tiles, kPackWarps * kWarpLanes, 0, stream, p, n_pages, n_blocks);
   };
   switch (p.head_dim) {
     case 64:

@@ -334,7 +334,7 @@ __global__ void __launch_bounds__(kPrefillThreads, prefill_blocks_per_sm(kHeadDi
     }
     __syncthreads();
     if (has_rows) {
-      state.add(rows, keys, values, mask, p.softcap, warp * 16, lane);
+      state.add(rows, keys, values, mask, p.softcap, warp * 16, kHeadDim == 256 ? own : lane);
     }
   }
   if (begin < end && end <= n_pages) {
