@@ -67,6 +67,12 @@ def prefill():
                     rows) + origin(read("cuda_decode.jsonl"))
 
 
+def chunk_attention():
+    rows = [[*r["shape"].split(", "), f"{r['seconds'] * 1e6:.1f}"]
+            for r in read("cuda_decode.jsonl") if r["bench"] == "prefill"]
+    return markdown(["packed tokens", "chunk", "us"], rows) + origin(read("cuda_decode.jsonl"))
+
+
 def tests():
     records = read("cuda_tests.jsonl")
     rows = [[r.get("test") or "compute-sanitizer " + r["sanitizer"],
@@ -76,4 +82,4 @@ def tests():
 
 
 TABLES = {"gpu-decode": decode, "gpu-ceilings": ceilings, "gpu-prefill": prefill,
-          "gpu-tests": tests}
+          "gpu-chunk-attention": chunk_attention, "gpu-tests": tests}
