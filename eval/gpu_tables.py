@@ -24,19 +24,23 @@ def decode():
     for peer in peers:
         if peer["bench"].startswith("decode"):
             best[peer["shape"]] = min(best.get(peer["shape"], 1e9), peer["seconds"])
+    early = {r["shape"]: r for r in ours if r["bench"] == "decode early"}
     rows = []
     for r in ours:
         if r["bench"] != "decode":
             continue
+        e = early[r["shape"]]
         fp16 = best.get(" ".join(r["shape"].split()[:2]))
         fp16 = None if any(word in r["shape"] for word in ("d64", "d256", "G8")) else fp16
         rows.append([r["shape"], f"{r['seconds'] * 1e6:.1f}",
                      f"{r['seconds_p10'] * 1e6:.1f} to {r['seconds_p90'] * 1e6:.1f}",
                      f"{r['bytes'] / 1e6:.1f}", f"{100 * r['of_read']:.1f} %",
+                     f"{e['seconds'] * 1e6:.1f}", f"{100 * e['of_read']:.1f} %",
                      f"{fp16 * 1e6:.1f}" if fp16 else "", f"{fp16 / r['seconds']:.2f}x"
-                     if fp16 else ""])
-    return markdown(["shape", "us", "10 to 90 %", "MB read", "of read bandwidth",
-                     "best FP16 SDPA us", "faster"], rows) + origin(ours)
+                     if fp16 else "", f"{fp16 / e['seconds']:.2f}x" if fp16 else ""])
+    return markdown(["shape", "us", "10 to 90 %", "MB read", "of read bandwidth", "early us",
+                     "of read bandwidth", "best FP16 SDPA us", "faster", "early"],
+                    rows) + origin(ours)
 
 
 def ceilings():
@@ -63,6 +67,12 @@ def prefill():
                     rows) + origin(read("cuda_decode.jsonl"))
 
 
+def chunk_attention():
+    rows = [[*r["shape"].split(", "), f"{r['seconds'] * 1e6:.1f}"]
+            for r in read("cuda_decode.jsonl") if r["bench"] == "prefill"]
+    return markdown(["packed tokens", "chunk", "us"], rows) + origin(read("cuda_decode.jsonl"))
+
+
 def tests():
     records = read("cuda_tests.jsonl")
     rows = [[r.get("test") or "compute-sanitizer " + r["sanitizer"],
@@ -72,4 +82,4 @@ def tests():
 
 
 TABLES = {"gpu-decode": decode, "gpu-ceilings": ceilings, "gpu-prefill": prefill,
-          "gpu-tests": tests}
+          "gpu-chunk-attention": chunk_attention, "gpu-tests": tests}

@@ -3,9 +3,10 @@
 
 Usage: check_cuda_budget.py [--update] [--budget FILE] LOG...
 
-A LOG is the output of a build with `-Xptxas -v`. A kernel that spills, uses local memory, exceeds its
-budget of registers or static shared memory, or is missing from the budget fails; a budget that no
-build output mentions fails too. --update writes the budget from the logs (spills still fail).
+A LOG is the output of a build with `-Xptxas -v`. A kernel that exceeds its budget of registers, static
+shared memory or spills (stack included; none where the budget names none), or is missing from the
+budget fails; a budget that no build output mentions fails too. --update writes the budget from the
+logs, spills excepted: to allow some takes a hand and a reason.
 """
 import argparse
 import json
@@ -55,17 +56,17 @@ def main():
     kernels = {}
     for log in args.logs:
         kernels.update(parse(log.read_text()))
-    problems = [f"{name}: {used['spill_bytes']} bytes of stack and spills"
-                for name, used in kernels.items() if used["spill_bytes"] > 0]
-    if not kernels:
-        problems.append("no kernel in the logs: build with -Xptxas -v, from scratch")
+    problems = [] if kernels else ["no kernel in the logs: build with -Xptxas -v, from scratch"]
     if args.update:
-        budget = {name: {"registers": used["registers"], "shared_bytes": used["shared_bytes"]}
+        allowed = {name: {"spill_bytes": of["spill_bytes"]}
+                   for name, of in json.loads(args.budget.read_text()).items() if "spill_bytes" in of}
+        budget = {name: {"registers": used["registers"], "shared_bytes": used["shared_bytes"],
+                         **allowed.get(name, {})}
                   for name, used in sorted(kernels.items())}
         args.budget.write_text(json.dumps(budget, indent=2) + "\n")
     budget = json.loads(args.budget.read_text())
     for name, used in kernels.items():
-        for what, most in budget.get(name, {}).items():
+        for what, most in {"spill_bytes": 0, **budget.get(name, {})}.items():
             if used[what] > most:
                 problems.append(f"{name}: {used[what]} {what}, budget {most}")
         if name not in budget:
@@ -74,7 +75,7 @@ def main():
     for problem in problems:
         print(f"cuda budget: {problem}", file=sys.stderr)
     if not problems:
-        print(f"cuda budget: {len(kernels)} kernels within budget, no spills")
+        print(f"cuda budget: {len(kernels)} kernels within budget")
     return 1 if problems else 0
 
 

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "kernels/cuda/launch.h"
+#include "kernels/cuda/prefill_config.h"
 
 namespace zipcache::cuda {
 namespace {
@@ -123,6 +124,53 @@ Status decode(const DecodeParams& params, const DecodeSetup& setup, Stream strea
       with_head_dim(params.head_dim,
                     [&](auto launcher) { return launcher.launch(params, setup.shared, stream); }),
       "decode");
+}
+
+Expected<int> prefill_resident_blocks(int head_dim) {
+  if (Status status = check_heads("prefill", 1, 1, head_dim); !status) {
+    return status.error();
+  }
+  int device = 0, n_sms = 0, blocks_per_sm = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&n_sms, cudaDevAttrMultiProcessorCount, device);
+  if (const cudaError_t error = prepare_prefill(head_dim, &blocks_per_sm); error != cudaSuccess) {
+    return to_status(error, "prefill").error();
+  }
+  return n_sms * std::max(blocks_per_sm, 1);
+}
+
+int prefill_splits(const PrefillParams& params, int n_tokens, int resident_blocks) {
+  constexpr int kMinTokens = 4 * kPageTokens;  // of a part: below, starts and merges outweigh it
+  const int n_blocks = std::max(prefill_tiles(params) * params.n_kv_heads, 1);
+  return std::max(std::min(resident_blocks / n_blocks, n_tokens / kMinTokens), 1);
+}
+
+std::size_t prefill_partial_floats(const PrefillParams& params) {
+  return params.n_splits <= 1 ? 0
+                              : prefill_tickets(params) * params.n_splits *
+                                    prefill_tile_rows(params) * (params.head_dim + 2);
+}
+std::size_t prefill_tickets(const PrefillParams& params) {
+  return static_cast<std::size_t>(prefill_tiles(params)) * params.n_kv_heads;
+}
+
+Status prefill(const PrefillParams& params, Stream stream) {
+  if (Status status = check_heads("prefill", params.n_heads, params.n_kv_heads, params.head_dim);
+      !status) {
+    return status;
+  }
+  if (params.n_splits < 1 ||
+      (params.n_splits > 1 && (params.partials == nullptr || params.tickets == nullptr))) {
+    return invalid_argument("cuda prefill: " + std::to_string(params.n_splits) +
+                            " splits need a workspace");
+  }
+  if (params.row_begin != nullptr && params.page_cells == nullptr) {
+    return invalid_argument("cuda prefill: pages need the cells of their tokens");
+  }
+  if (params.n_queries == 0) {
+    return ok_status();
+  }
+  return to_status(launch_prefill(params, stream), "prefill");
 }
 
 int pack_pages(const PackParams& params) {

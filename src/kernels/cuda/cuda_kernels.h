@@ -31,6 +31,21 @@ Expected<DecodeSetup> prepare_decode(int head_dim, int group, std::span<const Pa
 // zero; key-value pointers 16-byte aligned.
 Status decode(const DecodeParams& params, const DecodeSetup& setup, Stream stream);
 
+// --- Prefill attention ---------------------------------------------------------------------------
+
+// How many blocks of it the device runs at once; call once per device and head_dim before
+// prefill().
+Expected<int> prefill_resident_blocks(int head_dim);
+// Into how many parts to cut the keys of every query tile and head, so that all these blocks have
+// work. `n_tokens`: of a row, about.
+int prefill_splits(const PrefillParams& params, int n_tokens, int resident_blocks);
+// Sizes of the workspace of a launch; none is needed with one split.
+std::size_t prefill_partial_floats(const PrefillParams& params);
+std::size_t prefill_tickets(const PrefillParams& params);
+
+// Also the way for what decode() does not take: masks, soft caps, sinks (n_queries = 1).
+Status prefill(const PrefillParams& params, Stream stream);
+
 // --- Quantize and pack ---------------------------------------------------------------------------
 
 // Pages of one head: a class begins on a fresh page.

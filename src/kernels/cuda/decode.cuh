@@ -293,9 +293,11 @@ __global__ void __launch_bounds__(decode_threads(kHeadDim), kDecodeBlocksPerSm)
   const int group = params.n_heads / params.n_kv_heads;
   const DecodeShared at = decode_shared(kHeadDim, group);
 
+  ptx::let_next_launch_start();
   TileRing<kHeadDim> ring(params, shared + at.control + kFlagBytes + warp * kRingControlBytes,
                           shared + at.slots + warp * plan.n_slots * plan.slot_bytes, plan,
                           blockIdx.x, warp, lane);
+  ptx::wait_for_launch_before();
   QueryOperand<kHeadDim> query(shared, shared + at.query_stats);
   RowState<kHeadDim> state;
   state.clear();

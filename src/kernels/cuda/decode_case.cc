@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "kernels/cuda/attention_check.h"
 #include "kernels/cuda/host_page.h"
-#include "ref/attention_ref.h"
 
 namespace zipcache::cuda {
 namespace {
@@ -209,113 +209,30 @@ std::vector<Outputs> run_decode(const DecodeCase& c, const HostCache& cache, int
   return results;
 }
 
-namespace {
-
-// Attention of one row's query group; keys, values and weights rounded to fp16 if `naive`.
-struct GroupResult {
-  std::vector<double> out, lse;
-};
-GroupResult attend(const DecodeCase& c, const std::vector<float>& q, const DecodedRow& row,
-                   bool naive) {
-  ref::AttentionCase a;
-  a.n_rows = 1;
-  a.n_heads = c.group;
-  a.n_tokens = row.k.size() / c.head_dim;
-  a.n_kv_heads = 1;
-  a.key_dim = a.value_dim = c.head_dim;
-  a.q = q;
-  a.scale = c.scale();
-  if (!naive) {
-    a.k = row.k;
-    a.v = row.v;
-    const ref::AttentionResult exact = ref::attention(a);
-    return {exact.out, exact.lse};
-  }
-  DecodedRow rounded = row;
-  std::ranges::transform(rounded.k, rounded.k.begin(), round_to_half);
-  std::ranges::transform(rounded.v, rounded.v.begin(), round_to_half);
-  a.k = rounded.k;
-  a.v = rounded.v;
-  const ref::AttentionResult r = ref::attention(a, true);
-  GroupResult result{std::vector<double>(r.out.size()), r.lse};
-  for (int head = 0; head < c.group; ++head) {
-    const double* weights = r.weights.data() + head * a.n_tokens;
-    const double largest = a.n_tokens > 0 ? *std::max_element(weights, weights + a.n_tokens) : 1;
-    for (std::size_t token = 0; token < a.n_tokens; ++token) {
-      const double weight = round_to_half(static_cast<float>(weights[token] / largest)) * largest;
-      for (int channel = 0; channel < c.head_dim; ++channel) {
-        result.out[head * c.head_dim + channel] += weight * rounded.v[token * c.head_dim + channel];
-      }
-    }
-  }
-  return result;
-}
-
-// Folding rounds the scaled query of a channel instead of its keys: one error for all tokens, times
-// the channel's range. Its standard deviation in a score (base 2), about, for the worst head.
-double query_rounding(const DecodeCase& c, const std::vector<float>& q, const DecodedRow& row) {
-  double worst = 0;
-  for (int head = 0; head < c.group; ++head) {
-    double sum = 0;
-    for (int channel = 0; channel < c.head_dim; ++channel) {
-      float low = 0, high = 0;  // a tail's keys have no minimum to take out of the product
-      for (std::size_t at = channel; at < row.k.size(); at += c.head_dim) {
-        low = std::min(low, row.k[at]);
-        high = std::max(high, row.k[at]);
-      }
-      const double share = double{q[head * c.head_dim + channel]} * c.scale() * (high - low);
-      sum += row.k.empty() ? 0 : share * share;
-    }
-    worst = std::max(worst, std::sqrt(sum) * 1.4427 * 0x1p-12);
-  }
-  return worst;
-}
-
-double rms(double sum_of_squares, double n) { return n > 0 ? std::sqrt(sum_of_squares / n) : 0; }
-
-}  // namespace
-
 void expect_attention(const DecodeCase& c, const HostCache& cache, const Outputs& got) {
   const std::vector<DecodedRow> rows = decode_rows(c, cache);
-  double error = 0, naive_error = 0, size = 0, n = 0, lse_error = 0, naive_lse_error = 0;
-  double query_error = 0;
+  AttentionCheck check;
   for (int row = 0; row < c.n_rows(); ++row) {
     const std::size_t first_head =
         std::size_t(row / c.n_kv_heads) * c.n_heads() + std::size_t(row % c.n_kv_heads) * c.group;
-    std::vector<float> q(std::size_t(c.group) * c.head_dim);
-    for (std::size_t at = 0; at < q.size(); ++at) {
-      q[at] = half_to_float(cache.q[first_head * c.head_dim + at]);
-    }
-    const GroupResult exact = attend(c, q, rows[row], false);
-    const GroupResult naive = attend(c, q, rows[row], true);
-    query_error = std::max(query_error, query_rounding(c, q, rows[row]));
-    for (std::size_t at = 0; at < q.size(); ++at) {
-      const double x = got.out[first_head * c.head_dim + at];
-      ASSERT_TRUE(std::isfinite(x)) << "row " << row << " element " << at;
-      error += (x - exact.out[at]) * (x - exact.out[at]);
-      naive_error += (naive.out[at] - exact.out[at]) * (naive.out[at] - exact.out[at]);
-      size += exact.out[at] * exact.out[at];
-      n += 1;
-    }
-    for (int head = 0; head < c.group; ++head) {
-      const double lse = exact.lse[head] * 1.4426950408889634;
-      const double x = got.lse[first_head + head];
-      if (std::isinf(lse)) {
-        ASSERT_EQ(x, lse);
-        continue;
-      }
-      lse_error = std::max(lse_error, std::abs(x - lse));
-      naive_lse_error =
-          std::max(naive_lse_error, std::abs(naive.lse[head] * 1.4426950408889634 - lse));
-    }
+    const std::size_t n = std::size_t(c.group) * c.head_dim;
+    std::vector<float> q(n);
+    std::transform(&cache.q[first_head * c.head_dim], &cache.q[first_head * c.head_dim] + n,
+                   q.begin(), half_to_float);
+    ref::AttentionCase a;
+    a.n_rows = 1;
+    a.n_heads = c.group;
+    a.n_tokens = rows[row].k.size() / c.head_dim;
+    a.n_kv_heads = 1;
+    a.key_dim = a.value_dim = c.head_dim;
+    a.q = q;
+    a.k = rows[row].k;
+    a.v = rows[row].v;
+    a.scale = c.scale();
+    check.add(a, {&got.out[first_head * c.head_dim], n},
+              {&got.lse[first_head], std::size_t(c.group)});
   }
-  EXPECT_LE(rms(error, n), 2.5 * rms(naive_error, n) + 3e-4 * rms(size, n))
-      << "size " << rms(size, n) << ", error of the fp16 path " << rms(naive_error, n);
-  EXPECT_LE(lse_error, 3 * naive_lse_error + 4 * query_error + 5e-4);
-  ::testing::Test::RecordProperty("error_over_fp16_path",
-                                  std::to_string(rms(error, n) / (rms(naive_error, n) + 1e-12)));
-  ::testing::Test::RecordProperty("relative_error",
-                                  std::to_string(rms(error, n) / (rms(size, n) + 1e-12)));
+  check.expect_close();
 }
 
 }  // namespace zipcache::cuda

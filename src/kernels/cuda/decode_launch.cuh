@@ -21,8 +21,9 @@ template <int kHeadDim>
 cudaError_t DecodeLauncher<kHeadDim>::launch(const DecodeParams& params,
                                              const DecodeSharedPlan& plan, cudaStream_t stream) {
   const int group = params.n_heads / params.n_kv_heads;
-  return launch_kernel(decode_kernel<kHeadDim>, dim3(params.n_blocks), decode_threads(kHeadDim),
-                       decode_shared_bytes(kHeadDim, group, plan), stream, params, plan);
+  return launch_kernel_early(params.start_early, decode_kernel<kHeadDim>, dim3(params.n_blocks),
+                             decode_threads(kHeadDim), decode_shared_bytes(kHeadDim, group, plan),
+                             stream, params, plan);
 }
 
 }  // namespace zipcache::cuda

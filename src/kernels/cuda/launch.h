@@ -8,15 +8,29 @@
 
 namespace zipcache::cuda {
 
+// With `start_early` the kernel may start while the one before it in the stream still
+// runs (see ptx::wait_for_launch_before()).
 template <typename... Expected, typename... Actual>
-cudaError_t launch_kernel(void (*kernel)(Expected...), dim3 blocks, int threads, int shared_bytes,
-                          cudaStream_t stream, Actual&&... arguments) {
+cudaError_t launch_kernel_early(bool start_early, void (*kernel)(Expected...), dim3 blocks,
+                                int threads, int shared_bytes, cudaStream_t stream,
+                                Actual&&... arguments) {
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = blocks;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = start_early ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, static_cast<Actual&&>(arguments)...);
+}
+template <typename... Expected, typename... Actual>
+cudaError_t launch_kernel(void (*kernel)(Expected...), dim3 blocks, int threads, int shared_bytes,
+                          cudaStream_t stream, Actual&&... arguments) {
+  return launch_kernel_early(false, kernel, blocks, threads, shared_bytes, stream,
+                             static_cast<Actual&&>(arguments)...);
 }
 
 // The decode kernel of one head_dim; instantiated in decode_d*.cu.
@@ -28,6 +42,9 @@ struct DecodeLauncher {
                             cudaStream_t stream);
 };
 
+// How many blocks an SM holds. launch_prefill() needs it once per device before.
+cudaError_t prepare_prefill(int head_dim, int* blocks_per_sm);
+cudaError_t launch_prefill(const PrefillParams& params, cudaStream_t stream);
 cudaError_t launch_pack(const PackParams& params, int n_pages, cudaStream_t stream);
 cudaError_t launch_probe(const ProbeParams& params, cudaStream_t stream);
 cudaError_t launch_append(const AppendParams& params, cudaStream_t stream);

@@ -1,10 +1,11 @@
 // Quantize and pack: fp16 keys and values of a prompt or of a full tail become device pages.
 //
-//   find_ranges    per (head, slab of slots): channel minima and maxima of keys per scale set,
-//   largest
-//                  |value| per channel; slabs meet in atomic maxima, which no order can change
+//   find_ranges    per (head, slab of slots): channel minima and maxima of keys per scale set, the
+//                  largest |value| per channel; slabs meet in atomic maxima, which no order can
+//                  change
 //   finish_params  per (head, channel): fp16 scale and minimum per scale set, channel factors
-//   pack_tiles     one warp per tile: codes in registers, words in the order of device_page.h
+//   pack_tiles     one warp per tile and tensor: codes in registers, words in the order of
+//                  device_page.h
 //
 // The arithmetic is that of quant/grid.cc: parameters are rounded first and codes follow from the
 // rounded ones, half to even, clamped.
@@ -34,6 +35,12 @@ __device__ __forceinline__ float from_ordered(uint32_t bits) {
 }
 __device__ __forceinline__ float finite(float x) {
   return isnan(x) ? 0.0f : fminf(fmaxf(x, -kLargestHalf), kLargestHalf);
+}
+// x / divisor, correctly rounded as a division is, from inverse = 1 / divisor: one instruction more
+// than a product instead of ten.
+__device__ __forceinline__ float quotient(float x, float divisor, float inverse) {
+  const float near = x * inverse;
+  return fmaf(fmaf(-near, divisor, x), inverse, near);
 }
 __device__ __forceinline__ float rounded_half(float x) {
   return ptx::low_half(ptx::pack_half2(fminf(fmaxf(x, -kLargestHalf), kLargestHalf), 0));
@@ -194,44 +201,76 @@ __global__ void finish_params(const __grid_constant__ PackParams p) {
       ldexpf(factor > 0 ? factor : 1.0f, exponent);
 }
 
-// The 8 channels from `channel` on of a slot of a head, as floats; zeros for an unused slot.
-__device__ __forceinline__ void load_channels(const HalfBits* base, int64_t at, bool used,
-                                              float (&x)[8]) {
-  uint4 v = {0, 0, 0, 0};
-  if (used) {
-    v = __ldg(reinterpret_cast<const uint4*>(base + at));
-  }
-  const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
+// 8 channels of a slot of a head: fp16 as it lies in memory; zeros for an unused slot.
+__device__ __forceinline__ uint4 load_channels(const HalfBits* base, int64_t at, bool used) {
+  return used ? __ldg(reinterpret_cast<const uint4*>(base + at)) : uint4{0, 0, 0, 0};
+}
+__device__ __forceinline__ void to_floats(const uint4& halves, float (&x)[8]) {
+  const uint32_t pairs[4] = {halves.x, halves.y, halves.z, halves.w};
+  uint32_t carries = 0;  // bits 15, 31: an exponent of all ones
 #pragma unroll
   for (int pair = 0; pair < 4; ++pair) {
-    x[pair * 2] = finite(ptx::low_half(pairs[pair]));
-    x[pair * 2 + 1] = finite(ptx::high_half(pairs[pair]));
+    x[pair * 2] = ptx::low_half(pairs[pair]);
+    x[pair * 2 + 1] = ptx::high_half(pairs[pair]);
+    carries |= (pairs[pair] & 0x7c007c00u) + 0x04000400u;
   }
+  if ((carries & 0x80008000u) != 0) {
+#pragma unroll
+    for (int c = 0; c < 8; ++c) {
+      x[c] = finite(x[c]);
+    }
+  }
+}
+
+// `steps` from the lowest level on, rounded half to even and clamped: adding 1.5 * 2^23 rounds to
+// an integer and leaves it in the low bits, without a conversion.
+template <int kBits>
+__device__ __forceinline__ uint32_t code_of(float steps) {
+  constexpr uint32_t kLevels = (1 << kBits) - 1;
+  const float clamped = fminf(fmaxf(steps, 0.0f), static_cast<float>(kLevels));
+  return __float_as_uint(clamped + 12582912.0f) & kLevels;
 }
 
 template <int kHeadDim, int kBits>
 __device__ __forceinline__ void pack_keys(const PackParams& p, const int64_t (&rows)[4],
                                           const bool (&used)[4], const HalfBits* set, int lane,
                                           uint8_t* tile) {
-  constexpr float kLevels = (1 << kBits) - 1;
+  constexpr int kBatch = 2;  // chunks whose loads are under way together
   const int first = (lane & 3) * 8;
 #pragma unroll 1
-  for (int chunk = 0; chunk < kHeadDim / 32; ++chunk) {
-    float scale[8], low[8];
-    load_channels(set, chunk * 32 + first, true, scale);
-    load_channels(set + kHeadDim, chunk * 32 + first, true, low);
-    uint32_t codes[4][8];
+  for (int batch = 0; batch < kHeadDim / 32; batch += kBatch) {
+    uint4 keys[kBatch][4];
 #pragma unroll
-    for (int n = 0; n < 4; ++n) {  // tokens g + 8n
-      float x[8];
-      load_channels(p.k, rows[n] + chunk * 32 + first, used[n], x);
+    for (int c = 0; c < kBatch; ++c) {
 #pragma unroll
-      for (int c = 0; c < 8; ++c) {
-        const float code = fminf(fmaxf(rintf((x[c] - low[c]) / scale[c]), 0.0f), kLevels);
-        codes[n][c] = used[n] ? static_cast<uint32_t>(code) : 0u;
+      for (int n = 0; n < 4; ++n) {  // tokens g + 8n
+        keys[c][n] = load_channels(p.k, rows[n] + (batch + c) * 32 + first, used[n]);
       }
     }
-    store_key_words<kHeadDim, kBits>(tile, lane, chunk, codes);
+#pragma unroll
+    for (int c = 0; c < kBatch; ++c) {
+      const int chunk = batch + c;
+      float scale[8], inverse[8], low[8];
+      to_floats(load_channels(set, chunk * 32 + first, true), scale);
+      to_floats(load_channels(set + kHeadDim, chunk * 32 + first, true), low);
+#pragma unroll
+      for (int channel = 0; channel < 8; ++channel) {
+        inverse[channel] = 1.0f / scale[channel];
+      }
+      uint32_t codes[4][8];
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        float x[8];
+        to_floats(keys[c][n], x);
+#pragma unroll
+        for (int channel = 0; channel < 8; ++channel) {
+          const uint32_t code =
+              code_of<kBits>(quotient(x[channel] - low[channel], scale[channel], inverse[channel]));
+          codes[n][channel] = used[n] ? code : 0u;
+        }
+      }
+      store_key_words<kHeadDim, kBits>(tile, lane, chunk, codes);
+    }
   }
 }
 
@@ -241,30 +280,52 @@ __device__ __forceinline__ void pack_values(const PackParams& p, const int64_t (
                                             int lane, uint8_t* codes_at, HalfBits* params) {
   constexpr float kLevels = (1 << kBits) - 1;
   const int first = (lane >> 2) * 8;
-  const auto load = [&](int part, int token, float(&x)[8]) {
-    load_channels(p.v, rows[token] + part * 64 + first, used[token], x);
+  // Calls use(token, x) for the lane's tokens with its 8 channels of `part`, divided by their
+  // factors. Keeping the values from one pass to the next was slower: 64 registers.
+  const auto for_tokens = [&](int part, auto use) {
+    uint4 raw[8];
+#pragma unroll
+    for (int token = 0; token < 8; ++token) {
+      raw[token] = load_channels(p.v, rows[token] + part * 64 + first, used[token]);
+    }
+    float factor[8], inverse[8];
 #pragma unroll
     for (int c = 0; c < 8; ++c) {
-      x[c] /= factors[part * 64 + first + c];
+      factor[c] = __ldg(factors + part * 64 + first + c);
+      inverse[c] = 1.0f / factor[c];
+    }
+#pragma unroll
+    for (int token = 0; token < 8; ++token) {
+      float x[8];
+      to_floats(raw[token], x);
+#pragma unroll
+      for (int c = 0; c < 8; ++c) {
+        x[c] = quotient(x[c], factor[c], inverse[c]);
+      }
+      use(token, x);
     }
   };
 
   // Ranges of the lane's 8 tokens over all channels: its own, then the 8 lanes that share the
   // tokens.
-  float scale[8], zero[8], low[8];
+  float scale[8], low[8], largest[8], least[8];
 #pragma unroll
   for (int token = 0; token < 8; ++token) {
-    float max = -INFINITY, min = INFINITY;
-#pragma unroll
-    for (int part = 0; part < kHeadDim / 64; ++part) {
-      float x[8];
-      load(part, token, x);
+    largest[token] = -INFINITY, least[token] = INFINITY;
+  }
+#pragma unroll 1
+  for (int part = 0; part < kHeadDim / 64; ++part) {
+    for_tokens(part, [&](int token, const float(&x)[8]) {
 #pragma unroll
       for (int c = 0; c < 8; ++c) {
-        max = fmaxf(max, x[c]);
-        min = fminf(min, x[c]);
+        largest[token] = fmaxf(largest[token], x[c]);
+        least[token] = fminf(least[token], x[c]);
       }
-    }
+    });
+  }
+#pragma unroll
+  for (int token = 0; token < 8; ++token) {
+    float max = largest[token], min = least[token];
 #pragma unroll
     for (int offset = 4; offset < 32; offset *= 2) {
       max = fmaxf(max, __shfl_xor_sync(ptx::kFullWarp, max, offset));
@@ -275,39 +336,39 @@ __device__ __forceinline__ void pack_values(const PackParams& p, const int64_t (
     scale[token] = rounded_half(fminf(((max - margin) - low[token]) / kLevels, 127.0f));
     const bool flat = !(scale[token] > 0);
     scale[token] = flat ? 1.0f : scale[token];
-    zero[token] = rounded_half(-low[token] / scale[token]);
-    low[token] = __fmul_rn(-zero[token], scale[token]);  // no contraction: testable to the bit
+    const float zero = rounded_half(-low[token] / scale[token]);
+    low[token] = __fmul_rn(-zero, scale[token]);  // no contraction: testable to the bit
     if (lane < 4) {
       // Tokens of lane i: 2i, 2i+1, 2i+8, 2i+9, and those + 16.
       const int t = token / 4 * 16 + token / 2 % 2 * 8 + lane * 2 + token % 2;
       params[scale_index(t)] =
           static_cast<HalfBits>(ptx::pack_half2(used[token] ? scale[token] : 0, 0));
-      params[zero_index(t)] =
-          static_cast<HalfBits>(ptx::pack_half2(used[token] ? zero[token] : 0, 0));
+      params[zero_index(t)] = static_cast<HalfBits>(ptx::pack_half2(used[token] ? zero : 0, 0));
     }
   }
 #pragma unroll 1
   for (int part = 0; part < kHeadDim / 64; ++part) {
-    uint32_t codes[8][8];  // [token][channel]
-#pragma unroll
-    for (int token = 0; token < 8; ++token) {
-      float x[8];
-      load(part, token, x);
+    uint32_t codes[8][8];  // [token][channel]; 0 for an unused token, which is all zeros
+    for_tokens(part, [&](int token, const float(&x)[8]) {
+      const float inverse = 1.0f / scale[token];
 #pragma unroll
       for (int c = 0; c < 8; ++c) {
-        const float code = fminf(fmaxf(rintf((x[c] - low[token]) / scale[token]), 0.0f), kLevels);
-        codes[token][c] = used[token] ? static_cast<uint32_t>(code) : 0u;
+        codes[token][c] = code_of<kBits>(quotient(x[c] - low[token], scale[token], inverse));
       }
-    }
+    });
     store_value_words<kHeadDim, kBits>(codes_at, lane, part, codes);
   }
 }
 
 template <int kHeadDim>
-__global__ void __launch_bounds__(kPackWarps* kWarpLanes)
-    pack_tiles(const __grid_constant__ PackParams p, int n_pages) {
+__global__ void __launch_bounds__(kPackWarps* kWarpLanes, 3)
+    pack_tiles(const __grid_constant__ PackParams p, int n_pages, int n_blocks) {
   const int lane = threadIdx.x % kWarpLanes;
-  const int tile_index = blockIdx.x * kPackWarps + threadIdx.x / kWarpLanes;
+  // Keys first, then values: blocks that run together should run the same instructions, which do
+  // not all fit in the instruction cache.
+  const bool packs_keys = static_cast<int>(blockIdx.x) < n_blocks;
+  const int tile_index =
+      (packs_keys ? blockIdx.x : blockIdx.x - n_blocks) * kPackWarps + threadIdx.x / kWarpLanes;
   const int head = blockIdx.y;
   const int page = tile_index / kTilesPerPage;
   if (page >= n_pages) {
@@ -334,37 +395,42 @@ __global__ void __launch_bounds__(kPackWarps* kWarpLanes)
                 : 0;
   };
 
-  int64_t key_rows[4], value_rows[8];
-  bool key_used[4], value_used[8];
+  if (packs_keys) {
+    int64_t rows[4];
+    bool used[4];
 #pragma unroll
-  for (int n = 0; n < 4; ++n) {
-    const int token = n * 8 + (lane >> 2);
-    key_used[n] = token < n_used;
-    key_rows[n] = start_of(token, key_used[n]);
-  }
-  const HalfBits* set =
-      p.key_sets +
-      (static_cast<int64_t>(head) * p.n_key_sets + p.key_set[entry.cls]) * 2 * kHeadDim;
-  switch (cls.key_bits) {
-    case 2:
-      pack_keys<kHeadDim, 2>(p, key_rows, key_used, set, lane, to);
-      break;
-    case 3:
-      pack_keys<kHeadDim, 3>(p, key_rows, key_used, set, lane, to);
-      break;
-    case 4:
-      pack_keys<kHeadDim, 4>(p, key_rows, key_used, set, lane, to);
-      break;
-    default:
-      pack_keys<kHeadDim, 8>(p, key_rows, key_used, set, lane, to);
-      break;
+    for (int n = 0; n < 4; ++n) {
+      const int token = n * 8 + (lane >> 2);
+      used[n] = token < n_used;
+      rows[n] = start_of(token, used[n]);
+    }
+    const HalfBits* set =
+        p.key_sets +
+        (static_cast<int64_t>(head) * p.n_key_sets + p.key_set[entry.cls]) * 2 * kHeadDim;
+    switch (cls.key_bits) {
+      case 2:
+        pack_keys<kHeadDim, 2>(p, rows, used, set, lane, to);
+        break;
+      case 3:
+        pack_keys<kHeadDim, 3>(p, rows, used, set, lane, to);
+        break;
+      case 4:
+        pack_keys<kHeadDim, 4>(p, rows, used, set, lane, to);
+        break;
+      default:
+        pack_keys<kHeadDim, 8>(p, rows, used, set, lane, to);
+        break;
+    }
+    return;
   }
 
+  int64_t rows[8];
+  bool used[8];
 #pragma unroll
   for (int n = 0; n < 8; ++n) {
     const int token = n / 4 * 16 + n / 2 % 2 * 8 + (lane & 3) * 2 + n % 2;
-    value_used[n] = token < n_used;
-    value_rows[n] = start_of(token, value_used[n]);
+    used[n] = token < n_used;
+    rows[n] = start_of(token, used[n]);
   }
   uint8_t* codes = to + tile_value_offset(kHeadDim, cls.key_bits);
   HalfBits* params =
@@ -373,16 +439,16 @@ __global__ void __launch_bounds__(kPackWarps* kWarpLanes)
   const float clip = p.value_clip[entry.cls];
   switch (cls.value_bits) {
     case 2:
-      pack_values<kHeadDim, 2>(p, value_rows, value_used, factors, clip, lane, codes, params);
+      pack_values<kHeadDim, 2>(p, rows, used, factors, clip, lane, codes, params);
       break;
     case 3:
-      pack_values<kHeadDim, 3>(p, value_rows, value_used, factors, clip, lane, codes, params);
+      pack_values<kHeadDim, 3>(p, rows, used, factors, clip, lane, codes, params);
       break;
     case 4:
-      pack_values<kHeadDim, 4>(p, value_rows, value_used, factors, clip, lane, codes, params);
+      pack_values<kHeadDim, 4>(p, rows, used, factors, clip, lane, codes, params);
       break;
     default:
-      pack_values<kHeadDim, 8>(p, value_rows, value_used, factors, clip, lane, codes, params);
+      pack_values<kHeadDim, 8>(p, rows, used, factors, clip, lane, codes, params);
       break;
   }
 }
@@ -404,9 +470,10 @@ cudaError_t launch_pack(const PackParams& p, int n_pages, cudaStream_t stream) {
   if (error != cudaSuccess) {
     return error;
   }
-  const dim3 tiles((n_pages * kTilesPerPage + kPackWarps - 1) / kPackWarps, p.n_kv_heads);
+  const int n_blocks = (n_pages * kTilesPerPage + kPackWarps - 1) / kPackWarps;  // of a tensor
+  const dim3 tiles(2 * n_blocks, p.n_kv_heads);
   const auto pack_with = [&](auto kernel) {
-    return launch_kernel(kernel, tiles, kPackWarps * kWarpLanes, 0, stream, p, n_pages);
+    return launch_kernel(kernel, tiles, kPackWarps * kWarpLanes, 0, stream, p, n_pages, n_blocks);
   };
   switch (p.head_dim) {
     case 64:

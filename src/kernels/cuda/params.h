@@ -57,8 +57,64 @@ struct DecodeParams {
 
   const WorkItem* items = nullptr;  // [>= n_blocks]: block b starts at item b
   std::int32_t n_blocks = 0;
+  // The launch may start before the kernel ahead of it in the stream ends (on sm_90), if that one
+  // wrote neither pages nor items. Queries, tails and the workspace are touched after it has ended.
+  bool start_early = false;
   float* partials = nullptr;         // [n_partials, group, head_dim + 2]
   std::uint32_t* tickets = nullptr;  // [rows], zero; left zero
+};
+
+// Attention of any number of query tokens over one sequence store (a layer of one stream): sealed
+// pages and fp16 rows, with a mask. The general case: prefill of a chunk after a sealed past,
+// several sequences in one store, sliding windows, overwritten cells. Row = KV head.
+//
+//   weight of token t for query n, head h:  x = scale * q . k;  x = softcap * tanh(x / softcap), if
+//   softcap > 0;  x += slope[h] * mask[n, cell of t].  A token is not seen when its mask is -inf,
+//   or its cell is < 0. A sink joins maximum and sum without a value. No token seen: zeros, lse
+//   -inf (or the sink's).
+struct PrefillParams {
+  std::int32_t n_queries = 0;
+  std::int32_t n_kv_heads = 0;
+  std::int32_t n_heads = 0;  // query heads; group = n_heads / n_kv_heads, 1..8
+  std::int32_t head_dim = 0;
+  float scale = 0;
+  float softcap = 0;  // 0: none
+
+  const float* q = nullptr;  // [n_queries, n_heads, head_dim], strides in floats; 16-byte aligned
+  std::int64_t q_query_stride = 0;
+  std::int64_t q_head_stride = 0;
+  float* out = nullptr;  // [n_queries, n_heads, head_dim]
+  float* lse = nullptr;  // [n_queries, n_heads], base 2, the sink included; may be nullptr
+
+  const HalfBits* mask = nullptr;  // [n_queries, mask_stride >= cells]; nullptr: all live tokens
+  std::int64_t mask_stride = 0;
+  const float* slopes = nullptr;  // [n_heads], > 0; nullptr: 1
+  const float* sinks = nullptr;   // [n_heads], in the units of x; nullptr: none
+
+  // Sealed tokens: pages [row_begin[r], row_begin[r + 1]) of row r. No pages: row_begin nullptr.
+  const std::uint8_t* pool = nullptr;  // 128-byte aligned
+  PageClass classes[kMaxClasses];
+  const PageEntry* pages = nullptr;          // of all rows, row after row
+  const std::int32_t* page_cells = nullptr;  // [pages, kPageTokens]: the slot's cell, < 0: dead
+  const std::int32_t* row_begin = nullptr;   // [n_kv_heads + 1]
+  const std::int32_t* set_base = nullptr;    // [n_kv_heads]: first scale set of the row
+  const HalfBits* key_sets = nullptr;        // [sets, 2, head_dim]: scale, min
+  const float* value_factors = nullptr;      // [n_kv_heads, head_dim]
+
+  // fp16 tokens, sealed never or not yet; element (token, head, channel) at token *
+  // dense_token_stride + head * dense_head_stride + channel; 16-byte aligned. Values must be
+  // finite.
+  std::int32_t n_dense = 0;
+  const HalfBits* dense_k = nullptr;
+  const HalfBits* dense_v = nullptr;
+  std::int64_t dense_token_stride = 0;
+  std::int64_t dense_head_stride = 0;
+  const std::int32_t* dense_cells = nullptr;  // [n_dense], < 0: dead; nullptr: token = cell
+
+  // Blocks of threads that share the keys of a query tile and head: prefill_splits().
+  std::int32_t n_splits = 1;
+  float* partials = nullptr;         // prefill_partial_floats() floats; n_splits 1: nullptr
+  std::uint32_t* tickets = nullptr;  // prefill_tickets() words, zero; left zero
 };
 
 inline constexpr int kMaxKeySets = 4;

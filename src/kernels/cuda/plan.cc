@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <numeric>
 
 #include "base/check.h"
@@ -9,11 +10,13 @@
 namespace zipcache::cuda {
 namespace {
 
-// Pages [begin, end) of a row.
+// Pages [begin, end) of a row; a block's pieces of a row stand together and are one part of it.
 struct Piece {
   int row = 0, begin = 0, end = 0;
 };
 using Block = std::vector<Piece>;
+// Another class or scale set in a part of a row costs this much: folding the query again.
+constexpr std::int64_t kItemBytes = 4 << 10;
 
 class Planner {
  public:
@@ -59,8 +62,9 @@ class Planner {
     std::int64_t most = 0;
     for (const Block& block : blocks) {
       std::int64_t cost = 0;
-      for (const Piece& piece : block) {
-        cost += piece_cost(piece);
+      for (std::size_t n = 0; n < block.size(); ++n) {
+        const bool same_part = n > 0 && block[n - 1].row == block[n].row;
+        cost += piece_cost(block[n]) - (same_part ? input_.part_bytes - kItemBytes : 0);
       }
       most = std::max(most, cost);
     }
@@ -99,7 +103,56 @@ class Planner {
     return blocks;
   }
 
-  // Long rows in equal pieces of about a block's share, short rows whole.
+  // The pages from `begin` on that a row's blocks share as one: a run of a class and scale set that
+  // gives each block kSpreadPages, or everything up to such a run.
+  int end_of_stretch(int begin, int end, int n_blocks) const {
+    constexpr int kSpreadPages = 16;  // four tiles per warp: with fewer, warps end far apart
+    const auto end_of_run = [&](int from) {
+      const PageEntry first = input_.pages[from];
+      int page = from;
+      while (page < end && input_.pages[page].cls == first.cls &&
+             input_.pages[page].set == first.set) {
+        ++page;
+      }
+      return page;
+    };
+    int at = begin;
+    do {
+      const int run = end_of_run(at);
+      if (run - at >= kSpreadPages * n_blocks) {
+        return at > begin ? at : run;
+      }
+      at = run;
+    } while (at < end);
+    return end;
+  }
+  // Adds to each block of a row its equal share of the pages [begin, end).
+  void spread(int row, int begin, int end, std::vector<Block>& blocks) const {
+    double total = 0, position = 0;
+    for (int page = begin; page < end; ++page) {
+      total += static_cast<double>(page_cost(page));
+    }
+    if (end == input_.row_begin[row + 1]) {
+      total += static_cast<double>(tail_cost());
+    }
+    Piece piece{row, begin, begin};
+    for (std::size_t n = 1; n <= blocks.size(); ++n) {
+      while (piece.end < end &&
+             (n == blocks.size() ||
+              position + static_cast<double>(page_cost(piece.end)) / 2 <=
+                  total * static_cast<double>(n) / static_cast<double>(blocks.size()))) {
+        position += static_cast<double>(page_cost(piece.end++));
+      }
+      if (piece.end > piece.begin) {
+        blocks[n - 1].push_back(piece);
+        piece.begin = piece.end;
+      }
+    }
+  }
+
+  // Long rows in equal pieces of about a block's share, short rows whole. Blocks of a row have
+  // equal shares of each class too: what they wait for, memory or arithmetic, is then the same in
+  // all.
   std::vector<Block> cut_rows() const {
     const double share = static_cast<double>(total_) / n_blocks_;
     std::vector<Block> blocks;
@@ -119,19 +172,13 @@ class Planner {
         continue;
       }
       filled = share;
-      Piece piece{row, input_.row_begin[row], input_.row_begin[row]};
-      const double pages = cost - input_.part_bytes;
-      double position = 0;
-      for (int n = 1; n <= n_pieces; ++n) {
-        while (piece.end < end &&
-               (n == n_pieces || position + page_cost(piece.end) / 2.0 <= pages * n / n_pieces)) {
-          position += static_cast<double>(page_cost(piece.end++));
-        }
-        if (piece.end > piece.begin) {
-          blocks.push_back({piece});
-          piece.begin = piece.end;
-        }
+      std::vector<Block> pieces(n_pieces);
+      for (int begin = input_.row_begin[row]; begin < end;) {
+        const int until = end_of_stretch(begin, end, n_pieces);
+        spread(row, begin, until, pieces);
+        begin = until;
       }
+      std::ranges::move(pieces, std::back_inserter(blocks));
     }
     return blocks;
   }
@@ -180,7 +227,6 @@ class Planner {
       }
       items.push_back(item);
     } while (page < piece.end);
-    items.back().bits |= kItemEndsPart;
     if (piece.end == input_.row_begin[piece.row + 1] && input_.with_tail) {
       items.back().bits |= kItemWithTail;
     }
@@ -190,9 +236,12 @@ class Planner {
   // The first item of block b becomes items[b]; the others follow behind and are chained.
   DecodePlan lay_out(const std::vector<Block>& blocks) const {
     std::vector<std::int32_t> n_parts(n_rows()), next_partial(n_rows());
+    const auto ends_part = [](const Block& block, std::size_t n) {
+      return n + 1 == block.size() || block[n + 1].row != block[n].row;
+    };
     for (const Block& block : blocks) {
-      for (const Piece& piece : block) {
-        ++n_parts[piece.row];
+      for (std::size_t n = 0; n < block.size(); ++n) {
+        n_parts[block[n].row] += ends_part(block, n) ? 1 : 0;
       }
     }
     DecodePlan plan;
@@ -206,9 +255,15 @@ class Planner {
     for (std::size_t block = 0; block < blocks.size(); ++block) {
       std::size_t last = 0;
       bool first = true;
-      for (const Piece& piece : blocks[block]) {
-        const std::int32_t partial = next_partial[piece.row]++;
-        for (WorkItem& item : items_of(piece)) {
+      for (std::size_t n = 0; n < blocks[block].size(); ++n) {
+        const Piece& piece = blocks[block][n];
+        std::vector<WorkItem> items = items_of(piece);
+        const std::int32_t partial = next_partial[piece.row];
+        if (ends_part(blocks[block], n)) {
+          items.back().bits |= kItemEndsPart;
+          ++next_partial[piece.row];
+        }
+        for (WorkItem& item : items) {
           item.partial = partial;
           item.first_partial = first_partial[piece.row];
           item.n_partials = n_parts[piece.row];

@@ -133,6 +133,13 @@ TEST(Plan, LongRowsInWholePieces) {
   const std::vector<std::int64_t> all = costs(input, plan);
   const auto [low, high] = std::ranges::minmax_element(all);
   EXPECT_LT(*high - *low, 4 * page_bytes(128, 4, 4) + 64 * 512);
+  // And of each class an equal share.
+  for (int block = 0; block < plan.n_blocks; ++block) {
+    const WorkItem& first = plan.items[block];
+    ASSERT_NEAR(first.n_pages, 512 * 6 / 10 / 4, 1);
+    ASSERT_NEAR(plan.items[first.next].n_pages, 512 * 4 / 10 / 4, 4);  // one has the tail too
+    ASSERT_EQ(plan.items[first.next].partial, first.partial);
+  }
 }
 
 TEST(Plan, ShortRowsWhole) {

@@ -39,6 +39,13 @@ __device__ __forceinline__ float exp2(float x) {
   return y;
 }
 
+// 1 / x to one unit in the last place.
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // (x & mask) | bits in one operation. Left to itself the compiler takes two, each with a constant
 // of its own (measured: 128 instead of 64 per tile and tensor).
 __device__ __forceinline__ uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) {
@@ -54,6 +61,23 @@ __device__ __forceinline__ uint32_t pack_half2(float low, float high) {
   return out;
 }
 
+// Arithmetic on pairs of fp16 numbers, each result rounded once.
+__device__ __forceinline__ uint32_t fma_half2(uint32_t x, uint32_t y, uint32_t z) {
+  uint32_t out;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(x), "r"(y), "r"(z));
+  return out;
+}
+__device__ __forceinline__ uint32_t mul_half2(uint32_t x, uint32_t y) {
+  uint32_t out;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(out) : "r"(x), "r"(y));
+  return out;
+}
+__device__ __forceinline__ uint32_t sub_half2(uint32_t x, uint32_t y) {
+  uint32_t out;
+  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(out) : "r"(x), "r"(y));
+  return out;
+}
+
 __device__ __forceinline__ float low_half(uint32_t pair) {
   float out;
   asm("{.reg .f16 lo, hi; mov.b32 {lo, hi}, %1; cvt.f32.f16 %0, lo;}" : "=f"(out) : "r"(pair));
@@ -63,6 +87,13 @@ __device__ __forceinline__ float high_half(uint32_t pair) {
   float out;
   asm("{.reg .f16 lo, hi; mov.b32 {lo, hi}, %1; cvt.f32.f16 %0, hi;}" : "=f"(out) : "r"(pair));
   return out;
+}
+
+// The same number, of which the compiler knows nothing: what depends on it is computed where it is
+// used, not before the loop, where it would hold registers.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
 }
 
 // 16 bytes of read-only global memory. Unlike __ldg it stays where it is written among the matrix
@@ -75,9 +106,32 @@ __device__ __forceinline__ uint4 load_16(const void* from) {
   return v;
 }
 
+// The same of shared memory.
+__device__ __forceinline__ uint4 load_shared_16(const void* from) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(from))));
+  return v;
+}
+
 // Asks for the line of `from` to come to the L2 cache.
 __device__ __forceinline__ void prefetch(const void* from) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+}
+
+// Waits until the launch before this one in the stream has ended and its writes are visible.
+// Without DecodeParams::start_early it has; before sm_90 too.
+__device__ __forceinline__ void wait_for_launch_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// The next launch may take what this one leaves free; it waits for this one's end by itself.
+__device__ __forceinline__ void let_next_launch_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 
 // Adds 1 and returns what was there. What the block wrote before its barrier is visible to the

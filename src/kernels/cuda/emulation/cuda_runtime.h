@@ -33,6 +33,9 @@
 #define __launch_bounds__(...)
 #define __shared__ static  // one block at a time, all threads in one
 
+struct alignas(8) int2 {
+  int x, y;
+};
 struct alignas(8) uint2 {
   std::uint32_t x, y;
 };
@@ -62,7 +65,7 @@ void run(dim3 grid, dim3 block, std::size_t shared_bytes, const std::function<vo
 
 std::uint8_t* shared_memory();  // of the running block
 void yield();                   // lets other fibers run; throws when nothing ever happens
-void block_barrier();
+bool block_barrier(bool predicate = false);  // whether any thread came with `true`
 
 enum class Operation { kSync, kShuffle, kVote, kMatrix, kTranspose };
 
@@ -123,6 +126,9 @@ inline void __syncwarp() {
   emulation::exchange(emulation::Operation::kSync, nullptr, 0);
 }
 inline void __syncthreads() { zipcache::cuda::emulation::block_barrier(); }
+inline int __syncthreads_or(int predicate) {
+  return zipcache::cuda::emulation::block_barrier(predicate != 0) ? 1 : 0;
+}
 inline void __threadfence() {}
 
 inline std::uint32_t atomicAdd(std::uint32_t* p, std::uint32_t x) {
@@ -200,10 +206,19 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, i
   return *blocks = 4, cudaSuccess;
 }
 
+enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int programmaticStreamSerializationAllowed;
+  } val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   std::size_t dynamicSmemBytes = 0;
   cudaStream_t stream = nullptr;
+  cudaLaunchAttribute* attrs = nullptr;
+  unsigned numAttrs = 0;
 };
 template <typename... Expected, typename... Actual>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Expected...),

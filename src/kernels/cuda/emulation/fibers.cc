@@ -45,6 +45,7 @@ struct Block {
   std::uint8_t* shared_begin = nullptr;
   int at_barrier = 0;
   unsigned barrier_generation = 0;
+  std::array<bool, 2> barrier_any{};  // of the generation at hand and of the one before
   long events = 0;
   Fiber* running = nullptr;
   ucontext_t scheduler{};
@@ -130,16 +131,20 @@ std::uint8_t* shared_memory() { return block->shared_begin; }
 
 void yield() { swapcontext(&block->running->context, &block->scheduler); }
 
-void block_barrier() {
+bool block_barrier(bool predicate) {
   const unsigned generation = block->barrier_generation;
+  bool& any = block->barrier_any[generation % 2];
+  any |= predicate;
   if (++block->at_barrier == static_cast<int>(block->fibers.size())) {
     block->at_barrier = 0;
+    block->barrier_any[(generation + 1) % 2] = false;  // its readers have all come here
     ++block->barrier_generation;
     ++block->events;
   }
   while (block->barrier_generation == generation) {
     yield();
   }
+  return any;
 }
 
 const std::byte* exchange(Operation operation, const void* data, std::size_t bytes) {

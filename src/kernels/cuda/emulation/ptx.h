@@ -42,6 +42,8 @@ inline Barrier& barrier_at(uint32_t address) { return *reinterpret_cast<Barrier*
 }  // namespace internal
 
 inline void prefetch(const void*) {}
+inline void wait_for_launch_before() {}
+inline void let_next_launch_start() {}
 inline uint32_t take_ticket(uint32_t* counter) { return (*counter)++; }
 
 inline void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -85,12 +87,25 @@ inline uint32_t transpose_8x8(uint32_t pair) {
 
 inline uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) { return (x & mask) | bits; }
 inline float exp2(float x) { return std::exp2(x); }
+inline int opaque(int x) { return x; }
+inline float reciprocal(float x) { return 1.0f / x; }
 inline uint32_t pack_half2(float low, float high) {
   return float_to_half(low) | static_cast<uint32_t>(float_to_half(high)) << 16;
 }
 inline float low_half(uint32_t pair) { return internal::half_of(pair, 0); }
 inline float high_half(uint32_t pair) { return internal::half_of(pair, 1); }
+inline uint32_t fma_half2(uint32_t x, uint32_t y, uint32_t z) {
+  return pack_half2(std::fma(low_half(x), low_half(y), low_half(z)),
+                    std::fma(high_half(x), high_half(y), high_half(z)));
+}
+inline uint32_t mul_half2(uint32_t x, uint32_t y) {
+  return pack_half2(low_half(x) * low_half(y), high_half(x) * high_half(y));
+}
+inline uint32_t sub_half2(uint32_t x, uint32_t y) {
+  return pack_half2(low_half(x) - low_half(y), high_half(x) - high_half(y));
+}
 inline uint4 load_16(const void* from) { return *static_cast<const uint4*>(from); }
+inline uint4 load_shared_16(const void* from) { return *static_cast<const uint4*>(from); }
 
 inline uint8_t* dynamic_shared() { return emulation::shared_memory(); }
 inline uint32_t shared_address(const void* p) {

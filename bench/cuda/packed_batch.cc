@@ -1,0 +1,83 @@
+#include "packed_batch.h"
+
+#include <algorithm>
+
+#include "base/half.h"
+#include "random_contents.h"
+
+namespace zipcache::cuda {
+namespace {
+
+// Key scales and minima of every row and class: ranges of 2 to 6 with zero inside.
+std::vector<HalfBits> random_sets(const Shape& shape) {
+  std::vector<HalfBits> sets;
+  const int n_rows = shape.batch * shape.n_kv_heads;
+  for (int row = 0; row < n_rows; ++row) {
+    for (const PageClass cls : shape.classes) {
+      const float levels = static_cast<float>((1 << cls.key_bits) - 1);
+      std::vector<HalfBits> low;
+      for (int c = 0; c < shape.head_dim; ++c) {
+        const std::uint64_t x = sets.size() * 3 + low.size();
+        const float range = 2 + 4 * unit_float(2 * x);
+        sets.push_back(float_to_half(range / levels));
+        low.push_back(float_to_half(-range * (0.3f + 0.4f * unit_float(2 * x + 1))));
+      }
+      sets.insert(sets.end(), low.begin(), low.end());
+    }
+  }
+  return sets;
+}
+
+std::vector<float> random_factors(const Shape& shape) {
+  std::vector<float> factors(std::size_t(shape.batch) * shape.n_kv_heads * shape.head_dim);
+  for (std::size_t at = 0; at < factors.size(); ++at) {
+    factors[at] = 0.05f + 0.1f * unit_float(at + 12345);
+  }
+  return factors;
+}
+
+}  // namespace
+
+PageLayout::PageLayout(const Shape& shape) {
+  int left = shape.tokens;
+  for (std::size_t cls = 0; cls < shape.classes.size(); ++cls) {
+    const bool last = cls + 1 == shape.classes.size();
+    class_tokens.push_back(last ? left : int(shape.tokens * shape.share[cls] + 0.5));
+    left -= class_tokens.back();
+  }
+  for (int row = 0; row < shape.batch * shape.n_kv_heads; ++row) {
+    for (std::size_t cls = 0; cls < shape.classes.size(); ++cls) {
+      const PageClass bits = shape.classes[cls];
+      for (int first = 0; first < class_tokens[cls]; first += kPageTokens) {
+        PageEntry e;
+        e.unit = static_cast<std::uint32_t>(pool_bytes / kTileAlignment);
+        e.set = static_cast<std::uint16_t>(cls);
+        e.tokens = static_cast<std::uint8_t>(std::min(class_tokens[cls] - first, kPageTokens));
+        e.cls = static_cast<std::uint8_t>(cls);
+        pages.push_back(e);
+        pool_bytes += page_bytes(shape.head_dim, bits.key_bits, bits.value_bits);
+      }
+    }
+    row_begin.push_back(static_cast<std::int32_t>(pages.size()));
+    set_base.push_back(row * static_cast<int>(shape.classes.size()));
+  }
+}
+
+PackedBatch::PackedBatch(const Shape& shape)
+    : layout(shape),
+      n_copies(int(std::clamp<std::size_t>((std::size_t{1} << 30) / layout.pool_bytes, 3, 64))),
+      host_sets(random_sets(shape)),
+      host_factors(random_factors(shape)),
+      pools(layout.pool_bytes * n_copies),
+      pages(layout.pages),
+      key_sets(host_sets),
+      value_factors(host_factors) {
+  std::ranges::copy(shape.classes, classes);
+  fill_random(pools.data(), layout.pool_bytes * n_copies, 7);
+  for (int copy = 0; copy < n_copies; ++copy) {
+    fill_token_params(pools.data() + copy * layout.pool_bytes, pages.data(),
+                      int(layout.pages.size()), shape.head_dim, classes);
+  }
+}
+
+}  // namespace zipcache::cuda
