@@ -8,7 +8,11 @@
 
 #include "ggml-backend-impl.h"
 #include "ggml.h"
+#if defined(ZIPCACHE_CUDA_PLUGIN)
+#include "ggml/cuda/cuda_registry.h"
+#else
 #include "ggml/registry.h"
+#endif
 
 namespace {
 
@@ -18,6 +22,12 @@ constexpr std::string_view kGgmlVersion = ZIPCACHE_GGML_VERSION;  // "0.25.3": b
 std::string_view minor_version(std::string_view version) {
   return version.substr(0, version.find('.', version.find('.') + 1));
 }
+
+#if defined(ZIPCACHE_CUDA_PLUGIN)
+constexpr auto kMakeRegistry = zipcache::ggml::make_cuda_registry;
+#else
+constexpr auto kMakeRegistry = zipcache::ggml::make_registry;
+#endif
 
 bool is_version_supported() { return minor_version(ggml_version()) == minor_version(kGgmlVersion); }
 
@@ -41,7 +51,7 @@ GGML_BACKEND_API ggml_backend_reg_t ggml_backend_init(void) {
                   ggml_version() + "; build ZipCache for this llama.cpp (ZIPCACHE_LLAMA_DIR)");
   }
   try {
-    const auto registry = zipcache::ggml::make_registry();
+    const auto registry = kMakeRegistry();
     return registry ? *registry : refuse(registry.error().message);
   } catch (const std::exception& error) {
     return refuse(error.what());

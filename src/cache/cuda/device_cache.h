@@ -1,0 +1,136 @@
+// DeviceCache: K and V of a group of layers in GPU memory. A PageTable says where tokens are; this
+// runs the kernels. One step of the engine:
+//
+//   begin_step()  reads which cells come and what their rows see (waits for the device, once), plans
+//                 the step for all layers and sends the plan
+//   run_layer()   of every layer, in the engine's order: stores the new tokens, attends, and seals
+//                 what is due. Only enqueues work
+//
+// Not thread-safe. All work goes to the stream that is given.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "cache/bytes.h"
+#include "cache/cuda/device_memory.h"
+#include "cache/cuda/page_table.h"
+
+namespace zipcache::cuda {
+
+// The tensors of a step that all layers share, in device memory.
+struct StepTensors {
+  const void* rows = nullptr;  // [n_streams * n_per_stream] int64, or int32
+  bool rows_are_narrow = false;
+  const HalfBits* mask = nullptr;  // see MaskSummaryParams; nullptr: all is visible
+  std::int64_t mask_plane_stride = 0;
+  std::int64_t mask_row_stride = 0;
+  std::uint32_t first_stream = 0;
+  std::uint32_t n_streams = 0;
+  std::uint32_t n_per_stream = 0;
+  std::uint32_t n_cells = 0;  // that the mask covers
+  std::uint32_t n_heads = 0;
+  bool needs_window = false;  // soft cap, sinks or ALiBi
+};
+
+// Of one layer: new keys and values [tokens, n_kv_heads, head_dim], strides in floats; queries and
+// output as in PrefillParams, with a stride between streams.
+struct LayerTensors {
+  const float* k = nullptr;
+  const float* v = nullptr;
+  std::int64_t k_stride = 0;
+  std::int64_t v_stride = 0;
+  const float* q = nullptr;
+  std::int64_t q_stream_stride = 0;
+  std::int64_t q_query_stride = 0;
+  std::int64_t q_head_stride = 0;
+  float* out = nullptr;  // [n_streams, n_per_stream, n_heads, head_dim]
+  float scale = 1;
+  float softcap = 0;
+  const float* slopes = nullptr;
+  const float* sinks = nullptr;
+};
+
+class DeviceCache {
+ public:
+  // `policy` as device_policy() returned it. Memory grows with use.
+  static Expected<std::unique_ptr<DeviceCache>> create(const TableShape& shape,
+                                                       const policy::Policy& policy);
+
+  Status begin_step(const StepTensors& step, Stream stream);
+  Status run_layer(std::uint32_t index, const LayerTensors& layer, Stream stream);
+
+  // Whether the step may be repeated by a graph that was captured when the same number was returned:
+  // the launches of the step and their arguments are the same. 0: no.
+  std::uint64_t repeatable() const { return repeatable_; }
+
+  void clear() { table_.clear(); }
+  const PageTable& table() const { return table_; }
+  // As the driver counts them: all that was asked of it, scratch included.
+  std::size_t device_bytes() const;
+  cache::ByteCount bytes() const;
+
+ private:
+  DeviceCache(const TableShape& shape, const policy::Policy& policy) : table_(shape, policy) {}
+
+  Expected<Step> read_step(const StepTensors& in, Stream stream);
+  Status make_room(const StepTensors& in, Stream stream);
+  Status upload(const StepTensors& in, Stream stream);
+  Status plan_decode_launch(Stream stream);
+  template <typename T>
+  const T* sent(std::size_t at) const {
+    return reinterpret_cast<const T*>(uploaded_.as<std::byte>() + at);
+  }
+  Status decode_layer(std::uint32_t index, const LayerTensors& layer, Stream stream);
+  Status window_layer(std::uint32_t index, const LayerTensors& layer, Stream stream);
+  Status keep(std::uint32_t index, std::size_t s, float scale, const ProbeParams& probes,
+              Stream stream);
+  std::uint64_t launch_key() const;
+  RowsAt tail(std::uint32_t index, std::uint32_t stream) const;
+  RowsAt window(std::size_t s) const;
+  const std::uint8_t* pool(std::uint32_t index) const;
+
+  // Where the arrays of a stream's step are in uploaded_, in bytes.
+  struct Uploaded {
+    std::size_t gather_from = 0, gather_to = 0, window_cells = 0, probe_rows = 0,
+                probe_positions = 0, keep_from = 0, keep_to = 0, pages = 0, sources = 0,
+                row_begin = 0;
+    std::uint32_t n_pages = 0, n_probes = 0;
+    std::vector<std::size_t> seal_pages;
+  };
+
+  PageTable table_;
+  std::uint32_t n_heads_ = 0;
+  Step step_;
+  StepTensors in_;
+  std::uint64_t repeatable_ = 0;
+
+  // The cache.
+  AddressRange pool_;
+  LayeredArray key_sets_, ranks_, value_factors_, tail_k_, tail_v_, ring_q_, ring_lse_, last_lse_;
+  DeviceArray block_cells_;
+  std::uint64_t cells_version_ = 0;
+
+  // A step's.
+  std::size_t window_tokens_ = 0;  // per stream, of window_
+  DeviceArray summary_, uploaded_, window_, q_half_, lse_, probe_q_, probe_lse_, saliency_, order_,
+      workspace_, page_cells_, partials_, prefill_tickets_, prefill_partials_;
+  PinnedArray summary_host_, upload_host_;
+  std::vector<std::byte> upload_bytes_;
+  std::size_t place_ = 0, ring_at_ = 0, tail_counts_ = 0, zeros_ = 0, ring_positions_ = 0;
+  std::vector<Uploaded> at_;
+
+  // The decode launch.
+  std::optional<DecodeSetup> decode_setup_;
+  std::vector<std::uint64_t> planned_for_;  // serials of its blocks, stream by stream
+  DeviceArray plan_items_, plan_pages_, tickets_;
+  std::int32_t n_blocks_ = 0;
+  std::uint64_t n_plans_ = 0;
+  int prefill_blocks_ = 0;
+};
+
+}  // namespace zipcache::cuda

@@ -1,0 +1,354 @@
+#include "ggml/cuda/cuda_buffer.h"
+
+#include <cuda_runtime.h>
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <exception>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <utility>
+
+#include "ggml-backend-impl.h"
+#include "ggml.h"
+#include "ggml/cuda/cuda_registry.h"
+#include "ggml/log.h"
+#include "ggml/take_over.h"
+
+namespace zipcache::ggml {
+namespace {
+
+constexpr const char* kRemedy =
+    " is not served on CUDA yet (sequence state, stream copies, prompt caches); run without them "
+    "(llama-server: --cache-ram 0), or with -dev ZipCache";
+
+CudaKvBuffer* context_of(ggml_backend_buffer_t buffer) {
+  return static_cast<CudaKvBuffer*>(buffer->context);
+}
+
+// Copies of the host's own CUDA buffers work like this, too: ordered by synchronize(), not by stream.
+void finish(cudaError_t started, const char* what) {
+  const cudaError_t error =
+      started != cudaSuccess ? started : cudaStreamSynchronize(cudaStreamPerThread);
+  if (error != cudaSuccess) {
+    log_error(std::string(what) + ": " + cudaGetErrorString(error));
+  }
+}
+
+void refuse(const ggml_tensor* tensor, const char* what) {
+  const CudaKvTensor* kv = cuda_kv_tensor(tensor);
+  const Error error = unsupported(std::string(what) + kRemedy);
+  log_error(error.message);
+  kv->group->buffer->keep_error(error);
+}
+
+std::string report_line(const CudaKvBuffer& buffer, bool as_json) {
+  cache::ByteCount bytes;
+  std::size_t n_layers = 0, on_device = 0;
+  std::uint64_t tokens = 0;
+  for (const CudaGroup& group : buffer.groups()) {
+    if (group.cache != nullptr) {
+      bytes += group.cache->bytes();
+      on_device += group.cache->device_bytes();
+      tokens = std::max(tokens, group.cache->table().live_tokens());
+      n_layers += group.layers.size();
+    }
+  }
+  if (as_json) {
+    const nlohmann::ordered_json json = {{"policy", policy::describe(*buffer.settings().policy)},
+                                         {"device", kCudaDeviceName},
+                                         {"bytes",
+                                          {{"codes", bytes.codes},
+                                           {"params", bytes.params},
+                                           {"masks", bytes.masks},
+                                           {"staging", bytes.staging},
+                                           {"slack", bytes.slack},
+                                           {"total", bytes.total()}}},
+                                         {"device_bytes", on_device},
+                                         {"fp16_bytes", bytes.fp16},
+                                         {"ratio", bytes.ratio()},
+                                         {"bits_per_element", bytes.bits_per_element()},
+                                         {"live_tokens", tokens},
+                                         {"version", ZIPCACHE_VERSION}};
+    return json.dump() + "\n";
+  }
+  const auto mib = [](std::size_t n) { return double(n) / (1 << 20); };
+  return fmt::format(
+      "zipcache: {} tokens x {} layers hold {:.2f} MiB on CUDA, as fp16 {:.2f} MiB: ratio {:.2f}, "
+      "{:.2f} bits per element\n"
+      "zipcache:   pages {:.2f} + params {:.2f} + ranks {:.2f} + staging {:.2f} + scratch {:.2f} "
+      "MiB; {}\n",
+      tokens, n_layers, mib(bytes.total()), mib(bytes.fp16), bytes.ratio(),
+      bytes.bits_per_element(), mib(bytes.codes), mib(bytes.params), mib(bytes.masks),
+      mib(bytes.staging), mib(bytes.slack), policy::describe(*buffer.settings().policy));
+}
+
+void report(const CudaKvBuffer& buffer) {
+  const std::string& to = buffer.settings().report;
+  const bool empty = std::none_of(buffer.groups().begin(), buffer.groups().end(), [](const auto& g) {
+    return g.cache != nullptr && g.cache->table().live_tokens() > 0;
+  });
+  if (empty || to == "0") {
+    return;
+  }
+  if (to == "stderr") {
+    std::fputs(report_line(buffer, false).c_str(), stderr);
+    return;
+  }
+  std::ofstream file(to);
+  file << report_line(buffer, true);
+  if (!file.flush()) {
+    log_error("can't write the report to " + to);
+  }
+}
+
+void free_buffer(ggml_backend_buffer_t buffer) {
+  try {
+    report(*context_of(buffer));
+  } catch (const std::exception& error) {
+    log_error(error.what());
+  }
+  delete context_of(buffer);
+}
+
+void* get_base(ggml_backend_buffer_t buffer) { return context_of(buffer)->base(); }
+
+// Called for every tensor and view of every graph, so most calls must leave at the first lines.
+ggml_status init_tensor(ggml_backend_buffer_t buffer, ggml_tensor* tensor) {
+  if (tensor->view_src != nullptr) {
+    return GGML_STATUS_SUCCESS;
+  }
+  CudaKvBuffer* context = context_of(buffer);
+  Status done = ok_status();
+  try {
+    const auto name =
+        takes_over() && tensor->op == GGML_OP_NONE ? parse_kv_name(tensor->name) : std::nullopt;
+    if (name) {
+      done = context->add(tensor, *name);
+    } else if (!context->has_memory()) {
+      done = context->give_memory();
+    }
+  } catch (const std::exception& error) {
+    done = invalid_argument(error.what());
+  }
+  if (!done) {
+    log_error(done.error().message);
+    return done.error().code == ErrorCode::kOutOfMemory ? GGML_STATUS_ALLOC_FAILED
+                                                        : GGML_STATUS_FAILED;
+  }
+  // Matrix kernels read whole blocks of 512 elements of quantized rows: what follows must be zeros.
+  if (ggml_is_quantized(tensor->type) && buffer->usage != GGML_BACKEND_BUFFER_USAGE_COMPUTE) {
+    const std::size_t used = ggml_nbytes(tensor);
+    const std::size_t padded = ggml_backend_buft_get_alloc_size(buffer->buft, tensor);
+    if (padded > used) {
+      finish(cudaMemsetAsync(static_cast<std::byte*>(tensor->data) + used, 0, padded - used,
+                             cudaStreamPerThread),
+             "padding");
+    }
+  }
+  return GGML_STATUS_SUCCESS;
+}
+
+void memset_tensor(ggml_backend_buffer_t /*buffer*/, ggml_tensor* tensor, std::uint8_t value,
+                   std::size_t offset, std::size_t size) {
+  if (cuda_kv_tensor(tensor) != nullptr) {
+    return refuse(tensor, "filling the KV cache");
+  }
+  finish(cudaMemsetAsync(static_cast<std::byte*>(tensor->data) + offset, value, size,
+                         cudaStreamPerThread),
+         "memset");
+}
+
+void set_tensor(ggml_backend_buffer_t /*buffer*/, ggml_tensor* tensor, const void* data,
+                std::size_t offset, std::size_t size) {
+  if (cuda_kv_tensor(tensor) != nullptr) {
+    return refuse(tensor, "writing to the KV cache");
+  }
+  finish(cudaMemcpyAsync(static_cast<std::byte*>(tensor->data) + offset, data, size,
+                         cudaMemcpyHostToDevice, cudaStreamPerThread),
+         "copy to the device");
+}
+
+void get_tensor(ggml_backend_buffer_t /*buffer*/, const ggml_tensor* tensor, void* data,
+                std::size_t offset, std::size_t size) {
+  if (cuda_kv_tensor(tensor) != nullptr) {
+    std::fill_n(static_cast<std::byte*>(data), size, std::byte{0});
+    return refuse(tensor, "reading the KV cache");
+  }
+  finish(cudaMemcpyAsync(data, static_cast<const std::byte*>(tensor->data) + offset, size,
+                         cudaMemcpyDeviceToHost, cudaStreamPerThread),
+         "copy from the device");
+}
+
+bool copy_tensor(ggml_backend_buffer_t buffer, const ggml_tensor* source, ggml_tensor* target) {
+  const ggml_backend_buffer_t from = base_of(source)->buffer;
+  if (from == nullptr || from->buft != buffer->buft) {
+    return false;
+  }
+  if (cuda_kv_tensor(source) != nullptr || cuda_kv_tensor(target) != nullptr) {
+    refuse(cuda_kv_tensor(source) != nullptr ? source : target, "copying the KV cache");
+    return true;
+  }
+  finish(cudaMemcpyAsync(target->data, source->data, ggml_nbytes(source), cudaMemcpyDeviceToDevice,
+                         cudaStreamPerThread),
+         "copy on the device");
+  return true;
+}
+
+void clear_buffer(ggml_backend_buffer_t buffer, std::uint8_t value) {
+  CudaKvBuffer* context = context_of(buffer);
+  const std::lock_guard lock(context->mutex());
+  context->clear();
+  if (context->has_memory()) {
+    cudaDeviceSynchronize();
+    finish(cudaMemsetAsync(context->base(), value, context->size(), cudaStreamPerThread), "clear");
+  }
+}
+
+constexpr ggml_backend_buffer_i kBufferInterface = {
+    .free_buffer = free_buffer,
+    .get_base = get_base,
+    .init_tensor = init_tensor,
+    .memset_tensor = memset_tensor,
+    .set_tensor = set_tensor,
+    .get_tensor = get_tensor,
+    .set_tensor_2d = nullptr,
+    .get_tensor_2d = nullptr,
+    .cpy_tensor = copy_tensor,
+    .clear = clear_buffer,
+    .reset = nullptr,
+};
+
+ggml_backend_buffer_type_t inner_type() {
+  return ggml_backend_dev_buffer_type(inner_device());
+}
+
+const char* get_name(ggml_backend_buffer_type_t /*type*/) { return kCudaDeviceName; }
+
+ggml_backend_buffer_t alloc_buffer(ggml_backend_buffer_type_t type, std::size_t size) {
+  try {
+    auto context = std::make_unique<CudaKvBuffer>(cuda_settings());
+    if (Status ok = context->reserve(size); !ok) {
+      log_error(ok.error().message);
+      return nullptr;
+    }
+    return ggml_backend_buffer_init(type, kBufferInterface, context.release(), size);
+  } catch (const std::exception& error) {
+    log_error(error.what());
+    return nullptr;
+  }
+}
+
+std::size_t get_alignment(ggml_backend_buffer_type_t /*type*/) {
+  return ggml_backend_buft_get_alignment(inner_type());
+}
+
+// The host's kernels want room behind quantized rows, and beside attention, which is ours.
+std::size_t get_alloc_size(ggml_backend_buffer_type_t /*type*/, const ggml_tensor* tensor) {
+  return takes_over() && tensor->op == GGML_OP_FLASH_ATTN_EXT
+             ? ggml_nbytes(tensor)
+             : ggml_backend_buft_get_alloc_size(inner_type(), tensor);
+}
+
+bool is_host(ggml_backend_buffer_type_t /*type*/) { return false; }
+
+ggml_backend_buffer_type the_type = {
+    .iface =
+        {
+            .get_name = get_name,
+            .alloc_buffer = alloc_buffer,
+            .get_alignment = get_alignment,
+            .get_max_size = nullptr,
+            .get_alloc_size = get_alloc_size,
+            .is_host = is_host,
+        },
+    .device = nullptr,
+    .context = nullptr,
+};
+
+}  // namespace
+
+Status CudaKvBuffer::add(ggml_tensor* tensor, const KvName& name) {
+  if (tensor->type != GGML_TYPE_F16) {
+    return unsupported(std::string("a KV cache of type ") + ggml_type_name(tensor->type) +
+                       " is not served, ZipCache compresses f16 itself: drop -ctk and -ctv");
+  }
+  const auto narrow = [](std::int64_t n) { return static_cast<std::uint32_t>(n); };
+  const std::lock_guard lock(mutex_);
+  auto group = std::find_if(groups_.begin(), groups_.end(), [&](const CudaGroup& g) {
+    return g.row == narrow(tensor->ne[0]) && g.n_cells == narrow(tensor->ne[1]) &&
+           g.n_streams == narrow(tensor->ne[2]);
+  });
+  if (group == groups_.end()) {
+    groups_.push_back({.buffer = this,
+                       .row = narrow(tensor->ne[0]),
+                       .n_cells = narrow(tensor->ne[1]),
+                       .n_streams = narrow(tensor->ne[2]),
+                       .layers = {},
+                       .cache = nullptr});
+    group = std::prev(groups_.end());
+  }
+  auto layer = std::find(group->layers.begin(), group->layers.end(), name.layer);
+  if (layer == group->layers.end()) {
+    layer = group->layers.insert(layer, name.layer);
+  }
+  tensors_.push_back({&*group, name.tensor, name.layer,
+                      static_cast<std::uint32_t>(layer - group->layers.begin())});
+  tensor->extra = &tensors_.back();
+  return ok_status();
+}
+
+Status CudaKvBuffer::open(CudaGroup* group, std::uint32_t n_kv_heads, std::uint32_t head_dim) {
+  if (group->cache != nullptr) {
+    const cuda::TableShape& shape = group->cache->table().shape();
+    if (shape.n_kv_heads != n_kv_heads || shape.head_dim != head_dim) {
+      return unsupported("layers of one row length split into different heads, which is not served "
+                         "on CUDA; use -dev ZipCache");
+    }
+    return ok_status();
+  }
+  Expected<std::unique_ptr<cuda::DeviceCache>> made = cuda::DeviceCache::create(
+      {.n_layers = static_cast<std::uint32_t>(group->layers.size()),
+       .n_streams = group->n_streams,
+       .n_cells = group->n_cells,
+       .n_kv_heads = n_kv_heads,
+       .head_dim = head_dim,
+       .layer = group->layers.front()},
+      *settings_.policy);
+  if (!made) {
+    return made.error();
+  }
+  group->cache = std::move(*made);
+  return ok_status();
+}
+
+void CudaKvBuffer::clear() {
+  for (CudaGroup& group : groups_) {
+    if (group.cache != nullptr) {
+      group.cache->clear();
+    }
+  }
+  error_.reset();
+}
+
+void CudaKvBuffer::keep_error(const Error& error) {
+  const std::lock_guard lock(mutex_);
+  if (!error_) {
+    error_ = error;
+  }
+}
+
+std::optional<Error> CudaKvBuffer::take_error() { return std::exchange(error_, std::nullopt); }
+
+ggml_backend_buffer_type_t cuda_buffer_type() { return &the_type; }
+
+void set_cuda_buffer_type_device(ggml_backend_dev_t device) { the_type.device = device; }
+
+CudaKvTensor* cuda_kv_tensor(const ggml_tensor* tensor) {
+  return takes_over() && is_kv(tensor, cuda_buffer_type())
+             ? static_cast<CudaKvTensor*>(base_of(tensor)->extra)
+             : nullptr;
+}
+
+}  // namespace zipcache::ggml

@@ -1,0 +1,175 @@
+#include "kernels/cuda/window_kernels.h"
+
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <string>
+
+#include "kernels/cuda/launch.h"
+
+namespace zipcache::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr HalfBits kMinusInfinity = 0xfc00;
+
+__device__ __forceinline__ HalfBits to_half(float x) { return __half_as_ushort(__float2half_rn(x)); }
+
+__global__ void __launch_bounds__(kThreads)
+    summary_kernel(const __grid_constant__ MaskSummaryParams p) {
+  const int cell = blockIdx.x * kThreads + threadIdx.x, plane = blockIdx.y;
+  const HalfBits* const mask = p.mask + plane * p.plane_stride;
+  bool any = false, all = true;
+  for (int row = 0; row < p.n_rows; ++row) {
+    const bool seen = cell < p.n_cells && mask[row * p.row_stride + cell] != kMinusInfinity;
+    any |= seen;
+    all &= seen;
+    const int n = __syncthreads_count(seen);
+    if (threadIdx.x == 0 && n > 0) {
+      atomicAdd(p.row_counts + plane * p.n_rows + row, n);
+    }
+  }
+  if (cell < p.n_cells) {
+    p.flags[static_cast<int64_t>(plane) * p.n_cells + cell] =
+        (any ? kSeenByAny : 0) | (all ? kSeenByAll : 0);
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) ingest_kernel(const __grid_constant__ IngestParams p) {
+  const int token = blockIdx.x, sequence = token / p.n_per_sequence;
+  const int64_t at = sequence * p.to.sequence_stride + p.place[token] * p.to.token_stride;
+  for (int n = threadIdx.x; n < p.n_kv_heads * p.head_dim; n += kThreads) {
+    const int64_t to = at + n / p.head_dim * p.to.head_stride + n % p.head_dim;
+    p.to.k[to] = to_half(p.k[token * p.k_stride + n]);
+    p.to.v[to] = to_half(p.v[token * p.v_stride + n]);
+  }
+  if (p.q == nullptr) {
+    return;
+  }
+  const int slot = p.ring_q != nullptr ? p.ring_at[2 * sequence] : -1;
+  const int lse_slot = p.ring_q != nullptr ? p.ring_at[2 * sequence + 1] : -1;
+  const int width = p.n_heads * p.head_dim;
+  const float* const q = p.q + sequence * p.q_sequence_stride +
+                         (token % p.n_per_sequence) * p.q_query_stride;
+  for (int n = threadIdx.x; n < width; n += kThreads) {
+    const HalfBits half = to_half(q[n / p.head_dim * p.q_head_stride + n % p.head_dim]);
+    p.q_half[static_cast<int64_t>(token) * width + n] = half;
+    if (slot >= 0) {
+      p.ring_q[(static_cast<int64_t>(sequence) * p.ring + slot) * width + n] = half;
+    }
+  }
+  if (lse_slot >= 0 && threadIdx.x < p.n_heads) {
+    p.ring_lse[(sequence * p.ring + lse_slot) * p.n_heads + threadIdx.x] =
+        p.last_lse[sequence * p.n_heads + threadIdx.x];
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) move_kernel(const __grid_constant__ MoveParams p) {
+  const int64_t from = p.from[blockIdx.x] * p.source.token_stride;
+  const int64_t to = p.to[blockIdx.x] * p.target.token_stride;
+  const int units = p.head_dim / 8;
+  for (int n = threadIdx.x; n < p.n_kv_heads * units; n += kThreads) {
+    const int64_t head = n / units, within = n % units * 8;
+    const int64_t read = from + head * p.source.head_stride + within;
+    const int64_t write = to + head * p.target.head_stride + within;
+    *reinterpret_cast<uint4*>(p.target.k + write) =
+        *reinterpret_cast<const uint4*>(p.source.k + read);
+    *reinterpret_cast<uint4*>(p.target.v + write) =
+        *reinterpret_cast<const uint4*>(p.source.v + read);
+  }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    gather_probes_kernel(const __grid_constant__ GatherProbesParams p) {
+  const int probe = blockIdx.x, row = p.rows[probe];
+  for (int n = threadIdx.x; n < p.n_heads * p.head_dim; n += kThreads) {
+    p.probe_q[static_cast<int64_t>(probe) * p.n_heads * p.head_dim + n] =
+        to_half(p.q[row * p.q_query_stride + n / p.head_dim * p.q_head_stride + n % p.head_dim]);
+  }
+  for (int head = threadIdx.x; head < p.n_heads; head += kThreads) {
+    p.probe_lse[probe * p.n_heads + head] = p.lse[static_cast<int64_t>(row) * p.n_heads + head];
+  }
+}
+
+// A token's rank is the number of tokens before it: n^2 comparisons are nothing for a block of 512.
+__global__ void __launch_bounds__(kThreads) rank_kernel(const __grid_constant__ RankParams p) {
+  __shared__ float scores[kMaxRankTokens];
+  const int head = blockIdx.y;
+  for (int n = threadIdx.x; n < p.n_tokens; n += kThreads) {
+    const float score = p.saliency[head * p.head_stride + n];
+    scores[n] = score == score ? score : -INFINITY;
+  }
+  __syncthreads();
+  const int token = blockIdx.x * kThreads + threadIdx.x;
+  if (token >= p.n_tokens) {
+    return;
+  }
+  const float mine = scores[token];
+  int rank = 0;
+  for (int other = 0; other < p.n_tokens; ++other) {
+    rank += scores[other] > mine || (scores[other] == mine && other > token);
+  }
+  p.order[static_cast<int64_t>(head) * p.n_tokens + rank] = token;
+  p.kept[head * p.kept_stride + rank] = static_cast<uint16_t>(token);
+}
+
+__global__ void __launch_bounds__(kPageTokens)
+    page_cells_kernel(const __grid_constant__ PageCellsParams p) {
+  const PageSource page = p.pages[blockIdx.x];
+  const int slot = threadIdx.x;
+  p.page_cells[static_cast<int64_t>(blockIdx.x) * kPageTokens + slot] =
+      slot < static_cast<int>(page.tokens)
+          ? p.block_cells[page.cells + p.kept[static_cast<int64_t>(page.ranks) + slot]]
+          : -1;
+}
+
+template <typename Params>
+Status run(void (*kernel)(Params), dim3 blocks, int threads, const Params& params, Stream stream,
+           const char* what) {
+  if (blocks.x == 0 || blocks.y == 0) {
+    return ok_status();
+  }
+  const cudaError_t error = launch_kernel(kernel, blocks, threads, 0, stream, params);
+  if (error != cudaSuccess) {
+    return unsupported(std::string("cuda ") + what + ": " + cudaGetErrorString(error));
+  }
+  return ok_status();
+}
+
+}  // namespace
+
+Status summarize_mask(const MaskSummaryParams& p, Stream stream) {
+  return run(summary_kernel, dim3((p.n_cells + kThreads - 1) / kThreads, p.n_planes), kThreads, p,
+             stream, "mask summary");
+}
+
+Status ingest(const IngestParams& p, Stream stream) {
+  if (p.n_heads > kThreads) {
+    return unsupported("cuda ingest: required " + std::to_string(p.n_heads) +
+                       " query heads, supported up to 256");
+  }
+  return run(ingest_kernel, dim3(p.n_sequences * p.n_per_sequence), kThreads, p, stream, "ingest");
+}
+
+Status move_rows(const MoveParams& p, Stream stream) {
+  return run(move_kernel, dim3(p.n_tokens), kThreads, p, stream, "move rows");
+}
+
+Status gather_probes(const GatherProbesParams& p, Stream stream) {
+  return run(gather_probes_kernel, dim3(p.n_probes), kThreads, p, stream, "gather probes");
+}
+
+Status rank_tokens(const RankParams& p, Stream stream) {
+  if (p.n_tokens > kMaxRankTokens) {
+    return unsupported("cuda rank: required " + std::to_string(p.n_tokens) +
+                       " tokens in a block, supported up to " + std::to_string(kMaxRankTokens));
+  }
+  return run(rank_kernel, dim3((p.n_tokens + kThreads - 1) / kThreads, p.n_kv_heads), kThreads, p,
+             stream, "rank");
+}
+
+Status list_page_cells(const PageCellsParams& p, Stream stream) {
+  return run(page_cells_kernel, dim3(p.n_pages), kPageTokens, p, stream, "page cells");
+}
+
+}  // namespace zipcache::cuda
