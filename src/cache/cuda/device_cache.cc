@@ -620,6 +620,7 @@ Status DeviceCache::keep(std::uint32_t index, std::size_t n, float scale, const 
     p.n_classes = kPolicyClasses;
     std::copy(widths.begin(), widths.end(), p.classes);
     for (int c = 0; c < kPolicyClasses; ++c) {
+      p.key_set[c] = -1;  // absent
       p.key_clip[c] = p.value_clip[c] = 1;
     }
     for (int c = 0; c < block.classes.n_classes; ++c) {
