@@ -352,14 +352,13 @@ Status DeviceCache::plan_decode_launch(Stream stream) {
                     cudaMemcpyHostToDevice, stream));
   n_blocks_ = plan.n_blocks;
   planned_for_ = std::move(wanted);
-  ++n_plans_;
   return ok_status();
 }
 
 std::uint64_t DeviceCache::launch_key() const {
   std::uint64_t key = 0xcbf29ce484222325u;
   const auto mix = [&key](std::uint64_t value) { key = (key ^ value) * 0x100000001b3u; };
-  mix(n_plans_);
+  mix(static_cast<std::uint64_t>(n_blocks_));  // another plan in the same places changes nothing
   mix(step_.first_stream << 8 | step_.streams.size());
   for (const void* pointer :
        {static_cast<const void*>(pool_.data()), key_sets_.layer<const void>(0),
@@ -431,6 +430,7 @@ Status DeviceCache::decode_layer(std::uint32_t index, const LayerTensors& layer,
   attend.tail_tokens = sent<std::int32_t>(tail_counts_);
   attend.items = plan_items_.as<WorkItem>();
   attend.n_blocks = n_blocks_;
+  attend.start_early = true;  // behind ingest(), which writes neither pages nor items
   attend.partials = partials_.as<float>();
   attend.tickets = tickets_.as<std::uint32_t>();
   ZC_TRY(decode(attend, *decode_setup_, stream));

@@ -129,7 +129,6 @@ class DeviceCache {
   std::vector<std::uint64_t> planned_for_;  // serials of its blocks, stream by stream
   DeviceArray plan_items_, plan_pages_, tickets_;
   std::int32_t n_blocks_ = 0;
-  std::uint64_t n_plans_ = 0;
   int prefill_blocks_ = 0;
 };
 

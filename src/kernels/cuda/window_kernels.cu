@@ -6,6 +6,7 @@
 #include <string>
 
 #include "kernels/cuda/launch.h"
+#include "kernels/cuda/ptx.cuh"
 
 namespace zipcache::cuda {
 namespace {
@@ -38,6 +39,7 @@ __global__ void __launch_bounds__(kThreads)
 // A block per token and head: few loads one after the other, as decode waits for this kernel.
 __global__ void __launch_bounds__(kHeadThreads)
     ingest_kernel(const __grid_constant__ IngestParams p) {
+  ptx::let_next_launch_start();
   const int token = blockIdx.x, sequence = token / p.n_per_sequence, head = blockIdx.y;
   if (head < p.n_kv_heads) {
     const int64_t to = sequence * p.to.sequence_stride + p.place[token] * p.to.token_stride +
