@@ -158,9 +158,7 @@ Status DeviceCache::begin_step(const StepTensors& in, Stream stream) {
   if (step_.is_decode) {
     ZC_TRY(plan_decode_launch(stream));
   }
-  const bool seals = std::any_of(step_.streams.begin(), step_.streams.end(),
-                                 [](const StreamStep& s) { return !s.seals.empty(); });
-  repeatable_ = step_.is_decode && !seals ? launch_key() : 0;
+  repeatable_ = step_.is_decode ? launch_key() : 0;
   return ok_status();
 }
 
@@ -433,16 +431,35 @@ Status DeviceCache::decode_layer(std::uint32_t index, const LayerTensors& layer,
   attend.start_early = true;  // behind ingest(), which writes neither pages nor items
   attend.partials = partials_.as<float>();
   attend.tickets = tickets_.as<std::uint32_t>();
-  ZC_TRY(decode(attend, *decode_setup_, stream));
+  scale_ = layer.scale;
+  return decode(attend, *decode_setup_, stream);
+}
 
+Status DeviceCache::end_step(Stream stream) {
+  const bool seals = std::any_of(step_.streams.begin(), step_.streams.end(),
+                                 [](const StreamStep& s) { return !s.seals.empty(); });
+  for (std::uint32_t index = 0; step_.is_decode && seals && index < table_.shape().n_layers;
+       ++index) {
+    ZC_TRY(seal_decoded(index, stream));
+  }
+  return ok_status();
+}
+
+Status DeviceCache::seal_decoded(std::uint32_t index, Stream stream) {
+  const TableShape& shape = table_.shape();
+  const std::size_t first = step_.first_stream;
+  const std::size_t query = std::size_t{in_.n_heads} * shape.head_dim;
+  const float* const lse = last_lse_.layer<float>(index) + first * in_.n_heads;
+  const HalfBits* const ring_q = ring_q_.layer<HalfBits>(index) + first * kProbeRing * query;
+  float* const ring_lse = ring_lse_.layer<float>(index) + first * kProbeRing * in_.n_heads;
   for (std::size_t n = 0; n < step_.streams.size(); ++n) {
     const StreamStep& s = step_.streams[n];
     if (s.seals.empty()) {
       continue;
     }
     ZC_TRY(move_rows({.n_tokens = static_cast<int>(s.gather_from.size()),
-                      .n_kv_heads = put.n_kv_heads,
-                      .head_dim = put.head_dim,
+                      .n_kv_heads = static_cast<int>(shape.n_kv_heads),
+                      .head_dim = static_cast<int>(shape.head_dim),
                       .source = tail(index, s.stream),
                       .target = window(n),
                       .from = sent<std::int32_t>(at_[n].gather_from),
@@ -456,7 +473,7 @@ Status DeviceCache::decode_layer(std::uint32_t index, const LayerTensors& layer,
     probes.n_probes = static_cast<int>(at_[n].n_probes);
     probes.q = ring_q + (n * kProbeRing + s.ring_first) * query;
     probes.lse = lse_of_stream + s.ring_first * in_.n_heads;
-    ZC_TRY(keep(index, n, layer.scale, probes, stream));
+    ZC_TRY(keep(index, n, scale_, probes, stream));
   }
   return ok_status();
 }

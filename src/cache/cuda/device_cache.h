@@ -3,8 +3,10 @@
 //
 //   begin_step()  reads which cells come and what their rows see (waits for the device, once), plans
 //                 the step for all layers and sends the plan
-//   run_layer()   of every layer, in the engine's order: stores the new tokens, attends, and seals
-//                 what is due. Only enqueues work
+//   run_layer()   of every layer, in the engine's order: stores the new tokens, attends, and, but in
+//                 decode, seals what is due. Only enqueues work
+//   end_step()    seals what is due in decode, of all layers: not among their launches, so that these
+//                 are the same in every step
 //
 // Not thread-safe. All work goes to the stream that is given.
 #pragma once
@@ -63,6 +65,7 @@ class DeviceCache {
 
   Status begin_step(const StepTensors& step, Stream stream);
   Status run_layer(std::uint32_t index, const LayerTensors& layer, Stream stream);
+  Status end_step(Stream stream);
 
   // Whether the step may be repeated by a graph that was captured when the same number was returned:
   // the launches of the step and their arguments are the same. 0: no.
@@ -86,6 +89,7 @@ class DeviceCache {
     return reinterpret_cast<const T*>(uploaded_.as<std::byte>() + at);
   }
   Status decode_layer(std::uint32_t index, const LayerTensors& layer, Stream stream);
+  Status seal_decoded(std::uint32_t index, Stream stream);
   Status window_layer(std::uint32_t index, const LayerTensors& layer, Stream stream);
   Status keep(std::uint32_t index, std::size_t s, float scale, const ProbeParams& probes,
               Stream stream);
@@ -108,6 +112,7 @@ class DeviceCache {
   Step step_;
   StepTensors in_;
   std::uint64_t repeatable_ = 0;
+  float scale_ = 1;  // of the layers' scores
 
   // The cache.
   AddressRange pool_;

@@ -19,7 +19,8 @@ PageTable::PageTable(const TableShape& shape, const policy::Policy& policy)
       classes_(page_classes(policy)),
       chunk_units_(kChunkBytes / kTileAlignment),
       units_(chunk_units_),
-      streams_(shape.n_streams) {}
+      streams_(shape.n_streams),
+      held_(std::size_t{shape.n_streams} * shape.n_cells) {}
 
 Status PageTable::check(const StepInput& in) const {
   if (in.rows.size() != std::size_t{in.n_streams} * in.n_per_stream ||
@@ -40,37 +41,56 @@ Status PageTable::check(const StepInput& in) const {
 }
 
 // One token per stream, and its row sees all that the stream holds and that is in a visible block.
-bool PageTable::fits_decode(const StepInput& in) const {
+bool PageTable::fits_decode(const StepInput& in) {
   if (in.n_per_stream != 1 || in.needs_window) {
     return false;
   }
   for (std::uint32_t s = 0; s < in.n_streams; ++s) {
-    const Stream& stream = streams_[in.first_stream + s];
-    const std::uint8_t* const flags = in.flags.data() + std::size_t{s} * in.n_cells;
-    const auto new_cell =
-        static_cast<std::int32_t>(in.rows[s] % shape_.n_cells);
-    const auto seen = [&](std::int32_t cell) {
-      return static_cast<std::uint32_t>(cell) < in.n_cells && (flags[cell] & kSeenByAny) != 0;
-    };
-    if (!seen(new_cell) || stream.tail.size() >= kTailTokens) {
+    Stream& stream = streams_[in.first_stream + s];
+    const auto flags = in.flags.subspan(std::size_t{s} * in.n_cells, in.n_cells);
+    const auto new_cell = static_cast<std::int32_t>(in.rows[s] % shape_.n_cells);
+    if (stream.tail.size() >= kTailTokens) {
       return false;
     }
-    for (const TailToken& token : stream.tail) {
-      if (token.cell == new_cell || token.cell < 0 || !seen(token.cell)) {
-        return false;
+    // As after the step before, and one cell more: a comparison, not a search (33,000 cells a step).
+    std::vector<std::uint8_t>& known = stream.decode_flags;
+    if (!known.empty()) {
+      known.resize(in.n_cells);
+      if (known[new_cell] == 0) {
+        known[new_cell] = kSeenByAny | kSeenByAll;
+        if (std::equal(known.begin(), known.end(), flags.begin())) {
+          continue;
+        }
       }
+      known.clear();
     }
-    for (const auto& block : stream.blocks) {
-      const bool first = std::any_of(block->cells.begin(), block->cells.end(), seen);
-      const bool whole = first && block->n_live == block->n_tokens &&
-                         std::all_of(block->cells.begin(), block->cells.end(),
-                                     [&](std::int32_t c) { return c != new_cell && seen(c); });
-      if (first && !whole) {
-        return false;
-      }
+    if (!sees_all(stream, flags, new_cell)) {
+      return false;
     }
+    known.assign(flags.begin(), flags.end());
   }
   return true;
+}
+
+bool PageTable::sees_all(const Stream& stream, std::span<const std::uint8_t> flags,
+                         std::int32_t new_cell) const {
+  const auto seen = [&](std::int32_t cell) {
+    return static_cast<std::uint32_t>(cell) < flags.size() && (flags[cell] & kSeenByAny) != 0;
+  };
+  if (!seen(new_cell)) {
+    return false;
+  }
+  for (const TailToken& token : stream.tail) {
+    if (token.cell == new_cell || token.cell < 0 || !seen(token.cell)) {
+      return false;
+    }
+  }
+  const auto still_seen = [&](std::int32_t cell) { return cell != new_cell && seen(cell); };
+  return std::all_of(stream.blocks.begin(), stream.blocks.end(), [&](const auto& block) {
+    return std::none_of(block->cells.begin(), block->cells.end(), still_seen) ||
+           (block->n_live == block->n_tokens &&
+            std::all_of(block->cells.begin(), block->cells.end(), still_seen));
+  });
 }
 
 // The cell is written again.
@@ -134,7 +154,11 @@ StreamStep PageTable::plan_stream(const StepInput& in, std::uint32_t index, bool
   for (std::uint32_t row = 0; row < n_new; ++row) {
     const std::size_t at = std::size_t{index} * n_new + row;
     added[row].cell = static_cast<std::int32_t>(in.rows[at] % shape_.n_cells);
-    give_up(stream, added[row].cell);
+    const std::size_t held = std::size_t{out.stream} * shape_.n_cells + added[row].cell;
+    if (held_[held]) {
+      give_up(stream, added[row].cell);
+    }
+    held_[held] = true;
     // The row's own token counts: a sequence's first tokens see no more than themselves.
     added[row].is_sink =
         static_cast<std::uint32_t>(in.row_counts[at]) <= policy_.sink_tokens && n_sinks < most_sinks;
@@ -150,36 +174,51 @@ StreamStep PageTable::plan_stream(const StepInput& in, std::uint32_t index, bool
     }
   }
 
-  // The window: sinks, then the others in the order of arrival. A decode step appends to the tail and
-  // needs it only to seal.
+  // The window: sinks, the others in the order of arrival, and last what no row sees. That is of
+  // another sequence or was removed and waits to be overwritten; when a sequence starts it is sealed
+  // by itself, so that it stands in nobody's way.
+  const auto is_hidden = [&](const TailToken& token) {
+    return static_cast<std::uint32_t>(token.cell) >= in.n_cells ||
+           (flags[token.cell] & kSeenByAny) == 0;
+  };
   std::vector<TailToken> window;
   std::vector<std::int32_t> new_position(n_new);
-  std::vector<std::int32_t> from;  // tail positions by window position, -1: new
-  for (const bool sinks : {true, false}) {
+  std::vector<std::int32_t> from;  // tail positions by window position, < 0: new
+  std::uint32_t n_visible_sinks = 0, n_visible = 0;
+  for (const int part : {0, 1, 2}) {  // sinks, others, hidden
     for (std::size_t i = 0; i < stream.tail.size(); ++i) {
-      if (stream.tail[i].cell >= 0 && stream.tail[i].is_sink == sinks) {
+      const TailToken& token = stream.tail[i];
+      if (token.cell >= 0 && part == (is_hidden(token) ? 2 : token.is_sink ? 0 : 1)) {
         from.push_back(static_cast<std::int32_t>(i));
-        window.push_back(stream.tail[i]);
+        window.push_back(token);
       }
     }
     for (std::uint32_t row = 0; row < n_new; ++row) {
-      if (added[row].is_sink == sinks) {
+      if (part == (added[row].is_sink ? 0 : 1)) {
         new_position[row] = static_cast<std::int32_t>(window.size());
-        from.push_back(-1 - static_cast<std::int32_t>(row));
+        from.push_back(-1);
         window.push_back(added[row]);
       }
     }
+    (part == 0 ? n_visible_sinks : n_visible) =
+        part < 2 ? static_cast<std::uint32_t>(window.size()) : n_visible;
   }
   const auto n_window = static_cast<std::uint32_t>(window.size());
-  const std::uint32_t n_kept = std::min(n_sinks + policy_.hold_tokens, n_window);
-  const std::vector<std::uint32_t> seals = policy::plan_seal(policy_, n_window - n_kept, n_new);
+  const std::uint32_t n_kept = std::min(n_visible_sinks + policy_.hold_tokens, n_visible);
+  const std::vector<std::uint32_t> seals = policy::plan_seal(policy_, n_visible - n_kept, n_new);
+  const std::uint32_t n_hidden = n_window - n_visible;
+  const auto counts = in.row_counts.subspan(std::size_t{index} * n_new, n_new);
+  const bool starts = std::any_of(counts.begin(), counts.end(), [](int n) { return n == 1; });
+  const std::uint32_t most_hidden =
+      most_sinks - std::min(n_visible_sinks, most_sinks);  // what the tail has left
+  const std::uint32_t n_sealed_hidden = starts || n_hidden > most_hidden ? n_hidden : 0;
 
   if (is_decode) {
     out.place = {static_cast<std::int32_t>(stream.tail.size())};
     out.n_tail_in_decode = static_cast<std::uint32_t>(stream.tail.size()) + 1;
     // Steps until the next sealing, this one included.
-    const std::uint32_t threshold = n_sinks + policy_.hold_tokens + policy_.seal_tokens;
-    const int left = static_cast<int>(threshold) - static_cast<int>(n_window);
+    const std::uint32_t threshold = n_visible_sinks + policy_.hold_tokens + policy_.seal_tokens;
+    const int left = static_cast<int>(threshold) - static_cast<int>(n_visible);
     out.last_ring_slot = stream.last_ring_slot;
     out.ring_slot = left < kProbeRing && left >= 0 ? kProbeRing - 1 - left : -1;
     if (out.ring_slot >= 0) {
@@ -198,6 +237,7 @@ StreamStep PageTable::plan_stream(const StepInput& in, std::uint32_t index, bool
     }
     stream.ring_first = kProbeRing;
     stream.last_ring_slot = -1;
+    stream.decode_flags.clear();
   }
   stream.n_seen += n_new;
   if (is_decode && seals.empty()) {
@@ -214,17 +254,25 @@ StreamStep PageTable::plan_stream(const StepInput& in, std::uint32_t index, bool
       out.gather_to.push_back(static_cast<std::int32_t>(i));
     }
   }
-  std::uint32_t begin = n_sinks;
-  for (const std::uint32_t n : seals) {
+  std::vector<bool> is_sealed(n_window);
+  const auto seal_range = [&](std::uint32_t begin, std::uint32_t n) {
     auto block = new_block(std::span(out.window_cells).subspan(begin, n));
     stream.blocks.push_back(block);
     out.seals.push_back({begin, block, !stream.has_factors});
     stream.has_factors = true;
+    std::fill_n(is_sealed.begin() + begin, n, true);
+  };
+  std::uint32_t begin = n_visible_sinks;
+  for (const std::uint32_t n : seals) {
+    seal_range(begin, n);
     begin += n;
+  }
+  if (n_sealed_hidden > 0) {
+    seal_range(n_visible, n_sealed_hidden);
   }
   stream.tail.clear();
   for (std::uint32_t i = 0; i < n_window; ++i) {
-    if (i < n_sinks || i >= begin) {
+    if (!is_sealed[i]) {
       out.keep_from.push_back(static_cast<std::int32_t>(i));
       out.keep_to.push_back(static_cast<std::int32_t>(stream.tail.size()));
       stream.tail.push_back(window[i]);
@@ -295,6 +343,8 @@ void PageTable::clear_stream(std::uint32_t stream) {
     free_block(*block);
   }
   streams_[stream] = {};
+  std::fill_n(held_.begin() + static_cast<std::ptrdiff_t>(std::size_t{stream} * shape_.n_cells),
+              shape_.n_cells, false);
 }
 
 std::uint64_t PageTable::sealed_tokens() const {

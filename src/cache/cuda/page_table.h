@@ -126,10 +126,13 @@ class PageTable {
     bool has_factors = false;
     int ring_first = kProbeRing;    // first slot of the ring that is valid
     int last_ring_slot = -1;
+    // The mask's flags after a decode step: with the next token's cell they are the next step's.
+    std::vector<std::uint8_t> decode_flags;
   };
 
   Status check(const StepInput& input) const;
-  bool fits_decode(const StepInput& input) const;
+  bool fits_decode(const StepInput& input);
+  bool sees_all(const Stream& stream, std::span<const std::uint8_t> flags, std::int32_t new_cell) const;
   void give_up(Stream& stream, std::int32_t cell);
   StreamStep plan_stream(const StepInput& input, std::uint32_t index, bool is_decode);
   std::shared_ptr<PagedBlock> new_block(std::span<const std::int32_t> cells);
@@ -145,6 +148,7 @@ class PageTable {
   std::uint64_t next_serial_ = 1;
   std::uint32_t streams_in_use_ = 0;
   std::vector<Stream> streams_;
+  std::vector<bool> held_;  // [n_streams, n_cells]
 };
 
 }  // namespace zipcache::cuda

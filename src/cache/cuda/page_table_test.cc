@@ -164,6 +164,26 @@ TEST(PageTable, OverwrittenCellsDieAndEmptyBlocksAreFreed) {
   expect_all_kept(step->streams[0]);
 }
 
+TEST(PageTable, WhatASequenceLeftIsSealedByItselfWhenTheNextStarts) {
+  Engine engine(1);
+  ASSERT_TRUE(engine.step(0, 1, cells(0, 300)));
+  for (int cell = 0; cell < 300; ++cell) {
+    engine.hide(0, cell);
+  }
+  const auto step = engine.step(0, 1, cells(0, 40));
+  ASSERT_TRUE(step);
+  ASSERT_EQ(step->streams[0].seals.size(), 1u);
+  for (const std::int32_t cell : step->streams[0].seals[0].block->cells) {
+    EXPECT_GE(cell, 40);  // of the old sequence alone
+  }
+  expect_all_kept(step->streams[0]);
+  // The new one decodes on the path without masks.
+  const auto next = engine.step(0, 1, {40});
+  ASSERT_TRUE(next);
+  EXPECT_TRUE(next->is_decode);
+  EXPECT_TRUE(next->streams[0].visible.empty());
+}
+
 TEST(PageTable, HiddenSealedTokensTakeTheMaskedPath) {
   Engine engine(1);
   ASSERT_TRUE(engine.step(0, 1, cells(0, 512)));
