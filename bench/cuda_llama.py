@@ -28,7 +28,10 @@ ZIPCACHE = ["-dev", "ZipCacheCUDA"]
 CACHES = {  # name -> (arguments, environment)
     "f16": ([], {}),
     "q4_0": (["-ctk", "q4_0", "-ctv", "q4_0"], {}),
+    "q8_0": (["-ctk", "q8_0", "-ctv", "q8_0"], {}),
     "zipcache": (ZIPCACHE, {}),
+    # Fewer, longer runs of pages with one scale set; of prompts that come 2048 tokens at a time.
+    "zipcache blocks of 2048": ([*ZIPCACHE, "-ub", "2048"], {"ZIPCACHE_BLOCK": "2048"}),
     "zipcache fp16": (ZIPCACHE, {"ZIPCACHE_POLICY": "fp16"}),
     "zipcache 8 bits": (ZIPCACHE, {"ZIPCACHE_POLICY": "uniform", "ZIPCACHE_KEY_BITS": "8",
                                    "ZIPCACHE_VALUE_BITS": "8"}),
@@ -65,6 +68,8 @@ class Bench:
         self.run_meta = {"device": device, "date": datetime.date.today().isoformat()}
 
     def add(self, **line):
+        extra, environment = CACHES[line["cache"]]
+        line |= {"arguments": " ".join([f"{k}={v}" for k, v in environment.items()] + extra)}
         line["run"] = self.run_meta
         print(json.dumps(line), flush=True)
         self.lines.append(line)
@@ -99,7 +104,8 @@ class Bench:
         common = ["-m", model, "-ngl", 99, "-fa", "on", "-fit", "off", "-f", self.args.text, "-c",
                   self.args.n_ctx, "--chunks", self.args.chunks, "--kl-divergence-base", base]
         self.run("llama-perplexity", "f16", *common)
-        for cache in ("zipcache fp16", "zipcache 8 bits", "zipcache", "q4_0"):
+        for cache in ("zipcache fp16", "zipcache 8 bits", "zipcache", "zipcache blocks of 2048",
+                      "q8_0", "q4_0"):
             for n_sequences in ((1, 4) if cache == "zipcache" else (1,)):
                 out = self.run("llama-perplexity", cache, *common, "--kl-divergence", "-b",
                                max(2048, n_sequences * self.args.n_ctx)).stdout
@@ -112,7 +118,7 @@ class Bench:
 
     def speed(self, model):
         points = [("4096,32768", 1, 256, 33280), ("8192", 8, 128, 66560)]
-        caches = ["f16", "zipcache", "q4_0"]
+        caches = ["f16", "zipcache", "zipcache blocks of 2048", "q4_0"]
         seen, memory, floor = {}, {}, {}
         common = ["-m", model, "-ngl", 99, "-fa", "on", "-fit", "off", "--output-format", "jsonl"]
         for cache in caches:
