@@ -81,5 +81,33 @@ def tests():
     return markdown(["test", "result", ""], rows) + origin(records)
 
 
-TABLES = {"gpu-decode": decode, "gpu-ceilings": ceilings, "gpu-prefill": prefill,
+def llama_origin(records):
+    run = records[0]["run"]
+    device, driver = run["device"].split(", ")
+    return (f"\n\nMeasured by `bench/cuda_llama.py` on {run['date']}: {device}, driver {driver}; "
+            "llama.cpp v0.5.0 with CUDA.\n")
+
+
+def llama_speed():
+    records = [r for r in read("cuda_llama.jsonl") if r["bench"] == "speed"]
+    records.sort(key=lambda r: (r["batch"], r["n_prompt"]))
+    rows = [[f"{r['batch']} x {r['n_prompt']}", r["cache"], f"{r['decode_tok_s']:.1f}",
+             f"{r['decode_vs_f16']:.2f}x", f"{r['prefill_tok_s']:.0f}",
+             f"{r['cache_mib']}" if "cache_mib" in r else "",
+             f"{r['smaller_than_f16']:.2f}x" if "cache_mib" in r else ""] for r in records]
+    return markdown(["batch x prompt", "cache", "decode tok/s", "of f16", "prefill tok/s",
+                     "cache MiB", "smaller than f16"], rows) + llama_origin(records)
+
+
+def llama_predictions():
+    records = [r for r in read("cuda_llama.jsonl") if r["bench"] == "kld"]
+    rows = [[r["cache"], str(r["n_sequences"]), f"{r['mean_ppl_q']:.3f}", f"{r['mean_kld']:.4f}",
+             f"{r['same_top_p']:.1f} %"] for r in records]
+    return (f"\nPerplexity with f16: {records[0]['mean_ppl_base']:.3f}.\n\n" +
+            markdown(["cache", "sequences at a time", "perplexity", "mean KL divergence", "same top token"],
+                     rows).lstrip("\n") + llama_origin(records))
+
+
+TABLES = {"gpu-llama-speed": llama_speed, "gpu-llama-predictions": llama_predictions,
+          "gpu-decode": decode, "gpu-ceilings": ceilings, "gpu-prefill": prefill,
           "gpu-chunk-attention": chunk_attention, "gpu-tests": tests}
