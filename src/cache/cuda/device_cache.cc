@@ -12,11 +12,11 @@ namespace zipcache::cuda {
 namespace {
 
 // Stops at the first failure.
-#define ZC_TRY(expression)                         \
-  do {                                             \
-    if (Status tried = (expression); !tried) {     \
-      return tried;                                \
-    }                                              \
+#define ZC_TRY(expression)                     \
+  do {                                         \
+    if (Status tried = (expression); !tried) { \
+      return tried;                            \
+    }                                          \
   } while (false)
 
 Status copy_async(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind,
@@ -43,15 +43,16 @@ std::size_t append(std::vector<std::byte>& bytes, const std::vector<T>& values) 
 Expected<std::unique_ptr<DeviceCache>> DeviceCache::create(const TableShape& shape,
                                                            const policy::Policy& policy) {
   std::unique_ptr<DeviceCache> cache(new DeviceCache(shape, policy));
-  // Room for fp16 and a fifth more: pages with 8-bit codes and parameters fit. Addresses cost nothing.
+  // Room for fp16 and a fifth more: pages with 8-bit codes and parameters fit. Addresses cost
+  // nothing.
   const std::size_t fp16 = std::size_t{shape.n_layers} * shape.n_streams * shape.n_cells *
                            shape.n_kv_heads * shape.head_dim * 2 * sizeof(HalfBits);
   if (Status ok = cache->pool_.reserve(fp16 + fp16 / 4 + (std::size_t{64} << 20)); !ok) {
     return ok.error();
   }
-  for (LayeredArray* array : {&cache->key_sets_, &cache->ranks_, &cache->value_factors_,
-                              &cache->tail_k_, &cache->tail_v_, &cache->ring_q_, &cache->ring_lse_,
-                              &cache->last_lse_}) {
+  for (LayeredArray* array :
+       {&cache->key_sets_, &cache->ranks_, &cache->value_factors_, &cache->tail_k_, &cache->tail_v_,
+        &cache->ring_q_, &cache->ring_lse_, &cache->last_lse_}) {
     array->set_layers(shape.n_layers);
   }
   const auto blocks = prefill_resident_blocks(static_cast<int>(shape.head_dim));
@@ -144,7 +145,8 @@ Expected<Step> DeviceCache::read_step(const StepTensors& in, Stream stream) {
 Status DeviceCache::begin_step(const StepTensors& in, Stream stream) {
   if (n_heads_ != 0 && n_heads_ != in.n_heads) {
     return unsupported("ZipCacheCUDA: layers of one cache have " + std::to_string(n_heads_) +
-                       " and " + std::to_string(in.n_heads) + " query heads, supported: one number");
+                       " and " + std::to_string(in.n_heads) +
+                       " query heads, supported: one number");
   }
   n_heads_ = in.n_heads;
   in_ = in;
@@ -164,7 +166,8 @@ Status DeviceCache::begin_step(const StepTensors& in, Stream stream) {
 
 Status DeviceCache::make_room(const StepTensors& in, Stream stream) {
   const TableShape& shape = table_.shape();
-  const std::size_t heads = shape.n_kv_heads, dim = shape.head_dim, streams = table_.streams_in_use();
+  const std::size_t heads = shape.n_kv_heads, dim = shape.head_dim,
+                    streams = table_.streams_in_use();
   const std::size_t n_tokens = std::size_t{in.n_streams} * in.n_per_stream;
   const std::size_t query = std::size_t{in.n_heads} * dim;
 
@@ -280,8 +283,8 @@ Status DeviceCache::upload(const StepTensors& in, Stream stream) {
   if (!step_.is_decode && cells_version_ != table_.block_cells_version()) {
     const auto cells = table_.block_cells();
     ZC_TRY(block_cells_.ensure(cells.size_bytes(), stream));
-    ZC_TRY(to_status(cudaMemcpyAsync(block_cells_.as<std::byte>(), cells.data(),
-                                     cells.size_bytes(), cudaMemcpyHostToDevice, stream),
+    ZC_TRY(to_status(cudaMemcpyAsync(block_cells_.as<std::byte>(), cells.data(), cells.size_bytes(),
+                                     cudaMemcpyHostToDevice, stream),
                      "cells"));
     cells_version_ = table_.block_cells_version();
   }
@@ -556,8 +559,8 @@ Status DeviceCache::window_layer(std::uint32_t index, const LayerTensors& layer,
         n_sealed += block->n_tokens;
       }
     }
-    attend.n_splits = prefill_splits(attend, attend.n_dense + static_cast<int>(n_sealed),
-                                     prefill_blocks_);
+    attend.n_splits =
+        prefill_splits(attend, attend.n_dense + static_cast<int>(n_sealed), prefill_blocks_);
     if (attend.n_splits > 1) {
       ZC_TRY(prefill_partials_.ensure(prefill_partial_floats(attend) * sizeof(float), stream));
       ZC_TRY(prefill_tickets_.ensure(prefill_tickets(attend) * sizeof(std::uint32_t), stream));
@@ -589,8 +592,8 @@ Status DeviceCache::window_layer(std::uint32_t index, const LayerTensors& layer,
 }
 
 // Seals what is due of a window and puts the rest into the tail.
-Status DeviceCache::keep(std::uint32_t index, std::size_t n, float scale, const ProbeParams& queries,
-                         Stream stream) {
+Status DeviceCache::keep(std::uint32_t index, std::size_t n, float scale,
+                         const ProbeParams& queries, Stream stream) {
   const TableShape& shape = table_.shape();
   const StreamStep& s = step_.streams[n];
   const Uploaded& at = at_[n];
@@ -689,8 +692,8 @@ cache::ByteCount DeviceCache::bytes() const {
   count.codes = pool_.mapped_bytes();
   count.params = key_sets_.bytes() + value_factors_.bytes();
   count.masks = ranks_.bytes() + block_cells_.bytes();
-  count.staging = tail_k_.bytes() + tail_v_.bytes() + ring_q_.bytes() + ring_lse_.bytes() +
-                  last_lse_.bytes();
+  count.staging =
+      tail_k_.bytes() + tail_v_.bytes() + ring_q_.bytes() + ring_lse_.bytes() + last_lse_.bytes();
   count.slack = device_bytes() - count.codes - count.params - count.masks - count.staging;
   count.live_tokens = table_.live_tokens() * shape.n_layers;
   count.sealed_tokens = table_.sealed_tokens() * shape.n_layers;

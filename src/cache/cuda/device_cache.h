@@ -1,11 +1,14 @@
 // DeviceCache: K and V of a group of layers in GPU memory. A PageTable says where tokens are; this
 // runs the kernels. One step of the engine:
 //
-//   begin_step()  reads which cells come and what their rows see (waits for the device, once), plans
+//   begin_step()  reads which cells come and what their rows see (waits for the device, once),
+//   plans
 //                 the step for all layers and sends the plan
-//   run_layer()   of every layer, in the engine's order: stores the new tokens, attends, and, but in
+//   run_layer()   of every layer, in the engine's order: stores the new tokens, attends, and, but
+//   in
 //                 decode, seals what is due. Only enqueues work
-//   end_step()    seals what is due in decode, of all layers: not among their launches, so that these
+//   end_step()    seals what is due in decode, of all layers: not among their launches, so that
+//   these
 //                 are the same in every step
 //
 // Not thread-safe. All work goes to the stream that is given.
@@ -67,8 +70,8 @@ class DeviceCache {
   Status run_layer(std::uint32_t index, const LayerTensors& layer, Stream stream);
   Status end_step(Stream stream);
 
-  // Whether the step may be repeated by a graph that was captured when the same number was returned:
-  // the launches of the step and their arguments are the same. 0: no.
+  // Whether the step may be repeated by a graph that was captured when the same number was
+  // returned: the launches of the step and their arguments are the same. 0: no.
   std::uint64_t repeatable() const { return repeatable_; }
 
   void clear() { table_.clear(); }

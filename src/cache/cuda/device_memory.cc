@@ -28,8 +28,8 @@ template <typename Function>
 bool find(const char* name, Function* function) {
   void* found = nullptr;
   cudaDriverEntryPointQueryResult result{};
-  const cudaError_t error = cudaGetDriverEntryPointByVersion(name, &found, 12000,
-                                                             cudaEnableDefault, &result);
+  const cudaError_t error =
+      cudaGetDriverEntryPointByVersion(name, &found, 12000, cudaEnableDefault, &result);
   *function = reinterpret_cast<Function>(found);
   return error == cudaSuccess && result == cudaDriverEntryPointSuccess && found != nullptr;
 }
@@ -86,9 +86,9 @@ Status AddressRange::reserve(std::size_t bytes) {
   }
   cudaFree(nullptr);  // makes the context current
   const CUmemAllocationProp wanted = properties();
-  if (Status ok = driver_status(driver().granularity(&granularity_, &wanted,
-                                                     CU_MEM_ALLOC_GRANULARITY_MINIMUM),
-                                "granularity");
+  if (Status ok = driver_status(
+          driver().granularity(&granularity_, &wanted, CU_MEM_ALLOC_GRANULARITY_MINIMUM),
+          "granularity");
       !ok) {
     return ok;
   }
@@ -110,8 +110,7 @@ Status AddressRange::ensure(std::size_t bytes) {
     return out_of_memory("cuda: " + std::to_string(bytes) + " bytes wanted in a range of " +
                          std::to_string(reserved_));
   }
-  const std::size_t end =
-      std::min(round_up(bytes, std::max(kMapBytes, granularity_)), reserved_);
+  const std::size_t end = std::min(round_up(bytes, std::max(kMapBytes, granularity_)), reserved_);
   const std::size_t size = end - mapped_;
   const CUmemAllocationProp wanted = properties();
   CUmemGenericAllocationHandle handle = 0;

@@ -12,7 +12,8 @@ namespace zipcache::cuda {
 
 Status to_status(int cuda_error, const char* what);  // cudaError_t
 
-// A range of device addresses that gets memory from its start on, as it is asked for; addresses stay.
+// A range of device addresses that gets memory from its start on, as it is asked for; addresses
+// stay.
 class AddressRange {
  public:
   AddressRange() = default;

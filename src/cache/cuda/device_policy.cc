@@ -50,11 +50,13 @@ Expected<policy::Policy> device_policy(const policy::Policy& asked) {
     return refused("another metric than 'normalized'", "metric=normalized");
   }
   policy::Policy used = asked;
-  const auto whole_pages = [](std::uint32_t n) { return (n + kPageTokens - 1) / kPageTokens * kPageTokens; };
+  const auto whole_pages = [](std::uint32_t n) {
+    return (n + kPageTokens - 1) / kPageTokens * kPageTokens;
+  };
   used.seal_multiple = kPageTokens;
   used.seal_tokens = whole_pages(asked.seal_tokens);
-  used.block_tokens = std::min(whole_pages(asked.block_tokens == 0 ? kMaxBlock : asked.block_tokens),
-                               kMaxBlock);
+  used.block_tokens =
+      std::min(whole_pages(asked.block_tokens == 0 ? kMaxBlock : asked.block_tokens), kMaxBlock);
   used.key.class_multiple = used.value.class_multiple = kPageTokens;
   if (used.sink_tokens + used.hold_tokens + used.seal_tokens > kTailTokens) {
     return refused("sinks + hold + seal of " +
@@ -68,8 +70,9 @@ Expected<policy::Policy> device_policy(const policy::Policy& asked) {
 std::string device_policy_note(const policy::Policy& asked, const policy::Policy& used) {
   std::string note;
   if (asked.ranks()) {
-    note = "salient tokens are counted in pages of 64 on CUDA, blocks of fewer than 256 may have one "
-           "class";
+    note =
+        "salient tokens are counted in pages of 64 on CUDA, blocks of fewer than 256 may have one "
+        "class";
   }
   if (asked.value.token_params != format::TokenParams::kHalf) {
     note += std::string(note.empty() ? "" : "; ") + "value-params are fp16 pairs";

@@ -1,5 +1,6 @@
-// What the device cache makes of a policy. Pages hold 64 tokens of one class, so classes are counted
-// in whole pages; the token parameters of values are fp16 pairs. What pages can't hold is refused.
+// What the device cache makes of a policy. Pages hold 64 tokens of one class, so classes are
+// counted in whole pages; the token parameters of values are fp16 pairs. What pages can't hold is
+// refused.
 #pragma once
 
 #include <array>
@@ -12,8 +13,8 @@
 
 namespace zipcache::cuda {
 
-// Of `asked`, with counts in whole pages. kUnsupported names the setting, what was found and what is
-// supported. REQUIRES: asked.seals().
+// Of `asked`, with counts in whole pages. kUnsupported names the setting, what was found and what
+// is supported. REQUIRES: asked.seals().
 Expected<policy::Policy> device_policy(const policy::Policy& asked);
 
 // What a user should know of the difference, one line; empty when there is none.
@@ -25,9 +26,9 @@ std::array<PageClass, kPolicyClasses> page_classes(const policy::Policy& policy)
 
 // The classes of a block, most salient tokens first, empty ones left out.
 struct BlockClass {
-  std::uint8_t cls = 0;         // index into page_classes()
-  std::uint8_t key_set = 0;     // which of the block's scale sets
-  std::uint32_t n_tokens = 0;   // but for the last class a multiple of kPageTokens
+  std::uint8_t cls = 0;        // index into page_classes()
+  std::uint8_t key_set = 0;    // which of the block's scale sets
+  std::uint32_t n_tokens = 0;  // but for the last class a multiple of kPageTokens
   float key_clip = 1;
   float value_clip = 1;
 };

@@ -52,7 +52,8 @@ bool PageTable::fits_decode(const StepInput& in) {
     if (stream.tail.size() >= kTailTokens) {
       return false;
     }
-    // As after the step before, and one cell more: a comparison, not a search (33,000 cells a step).
+    // As after the step before, and one cell more: a comparison, not a search (33,000 cells a
+    // step).
     std::vector<std::uint8_t>& known = stream.decode_flags;
     if (!known.empty()) {
       known.resize(in.n_cells);
@@ -124,8 +125,9 @@ Expected<Step> PageTable::begin_step(const StepInput& in) {
   }
   if (sets_.end() + std::uint64_t{shape_.n_kv_heads} * 2 * (in.rows.size() / kPageTokens + 1) >
       kMaxSets) {
-    return unsupported("ZipCacheCUDA: the cache holds " + std::to_string(sets_.end()) +
-                       " scale sets, supported up to 65536; raise ZIPCACHE_BLOCK or shorten the context");
+    return unsupported(
+        "ZipCacheCUDA: the cache holds " + std::to_string(sets_.end()) +
+        " scale sets, supported up to 65536; raise ZIPCACHE_BLOCK or shorten the context");
   }
   Step step;
   step.is_decode = fits_decode(in);
@@ -145,8 +147,8 @@ StreamStep PageTable::plan_stream(const StepInput& in, std::uint32_t index, bool
   StreamStep out;
   out.stream = in.first_stream + index;
 
-  // Several sequences may share a stream, so there may be more sinks than the policy has, as long as
-  // the others still fit into the tail.
+  // Several sequences may share a stream, so there may be more sinks than the policy has, as long
+  // as the others still fit into the tail.
   const std::uint32_t most_sinks = kTailTokens - policy_.hold_tokens - policy_.seal_tokens;
   std::vector<TailToken> added(n_new);
   auto n_sinks = static_cast<std::uint32_t>(std::count_if(
@@ -160,8 +162,8 @@ StreamStep PageTable::plan_stream(const StepInput& in, std::uint32_t index, bool
     }
     held_[held] = true;
     // The row's own token counts: a sequence's first tokens see no more than themselves.
-    added[row].is_sink =
-        static_cast<std::uint32_t>(in.row_counts[at]) <= policy_.sink_tokens && n_sinks < most_sinks;
+    added[row].is_sink = static_cast<std::uint32_t>(in.row_counts[at]) <= policy_.sink_tokens &&
+                         n_sinks < most_sinks;
     n_sinks += added[row].is_sink;
   }
   stream.has_factors = stream.has_factors && !stream.blocks.empty();
@@ -175,8 +177,8 @@ StreamStep PageTable::plan_stream(const StepInput& in, std::uint32_t index, bool
   }
 
   // The window: sinks, the others in the order of arrival, and last what no row sees. That is of
-  // another sequence or was removed and waits to be overwritten; when a sequence starts it is sealed
-  // by itself, so that it stands in nobody's way.
+  // another sequence or was removed and waits to be overwritten; when a sequence starts it is
+  // sealed by itself, so that it stands in nobody's way.
   const auto is_hidden = [&](const TailToken& token) {
     return static_cast<std::uint32_t>(token.cell) >= in.n_cells ||
            (flags[token.cell] & kSeenByAny) == 0;
@@ -231,7 +233,8 @@ StreamStep PageTable::plan_stream(const StepInput& in, std::uint32_t index, bool
     out.place = new_position;
     saliency::select_probes(policy_.probes, n_new, {policy_.seed, shape_.layer, stream.n_seen, {}},
                             reinterpret_cast<std::vector<std::uint32_t>*>(&out.probe_rows));
-    std::erase_if(out.probe_rows, [&](std::int32_t row) { return n_new > 1 && added[row].is_sink; });
+    std::erase_if(out.probe_rows,
+                  [&](std::int32_t row) { return n_new > 1 && added[row].is_sink; });
     for (const std::int32_t row : out.probe_rows) {
       out.probe_positions.push_back(new_position[row]);
     }

@@ -1,10 +1,10 @@
 // Where the tokens of a group of layers are: which cells are sealed in which pages, which are still
-// in the fp16 tails, and what a step does to them. Counts follow from the policy alone, so all layers
-// of the group share one table, and no decision waits for the device. Pure host logic.
+// in the fp16 tails, and what a step does to them. Counts follow from the policy alone, so all
+// layers of the group share one table, and no decision waits for the device. Pure host logic.
 //
-// A sequence here is a stream of the engine. A step brings n new tokens of each of some streams; the
-// mask's summary says which cells their rows see. Cells are slots: one that is written again was
-// given up by its old token, whose slot in a page becomes dead.
+// A sequence here is a stream of the engine. A step brings n new tokens of each of some streams;
+// the mask's summary says which cells their rows see. Cells are slots: one that is written again
+// was given up by its old token, whose slot in a page becomes dead.
 #pragma once
 
 #include <array>
@@ -30,11 +30,11 @@ struct PagedBlock {
   std::uint32_t n_live = 0;
   std::vector<std::int32_t> cells;  // [n_tokens], -1: dead
   BlockClasses classes;
-  std::vector<PageEntry> pages;    // [n_kv_heads, n_pages]
+  std::vector<PageEntry> pages;           // [n_kv_heads, n_pages]
   std::vector<std::uint32_t> page_begin;  // its allocations, units before interleaving
-  std::uint32_t first_set = 0;     // of scale sets [n_kv_heads, n_key_sets]
-  std::uint32_t first_rank = 0;    // of ranks [n_kv_heads, n_pages * kPageTokens]
-  std::uint32_t first_cell = 0;    // of its cells in the shared list
+  std::uint32_t first_set = 0;            // of scale sets [n_kv_heads, n_key_sets]
+  std::uint32_t first_rank = 0;           // of ranks [n_kv_heads, n_pages * kPageTokens]
+  std::uint32_t first_cell = 0;           // of its cells in the shared list
   std::uint32_t rank_stride() const { return classes.n_pages() * kPageTokens; }
 };
 
@@ -68,7 +68,7 @@ struct StreamStep {
   std::vector<std::shared_ptr<const PagedBlock>> visible;  // blocks that some row sees
   std::vector<std::int32_t> probe_rows, probe_positions;   // window path: of the new tokens
   int ring_slot = -1, last_ring_slot = -1;                 // decode path
-  int ring_first = kProbeRing;                       // decode path that seals: first valid slot
+  int ring_first = kProbeRing;  // decode path that seals: first valid slot
   struct Seal {
     std::uint32_t window_begin = 0;
     std::shared_ptr<const PagedBlock> block;
@@ -80,7 +80,8 @@ struct StreamStep {
 };
 
 struct Step {
-  bool is_decode = false;  // one new token per stream, all live tokens visible: the tail grows by it
+  bool is_decode =
+      false;  // one new token per stream, all live tokens visible: the tail grows by it
   std::uint32_t first_stream = 0;
   std::uint32_t n_per_stream = 0;
   std::vector<StreamStep> streams;
@@ -122,9 +123,9 @@ class PageTable {
   struct Stream {
     std::vector<TailToken> tail;
     std::vector<std::shared_ptr<PagedBlock>> blocks;
-    std::uint32_t n_seen = 0;       // tokens that came so far: seeds the probes
+    std::uint32_t n_seen = 0;  // tokens that came so far: seeds the probes
     bool has_factors = false;
-    int ring_first = kProbeRing;    // first slot of the ring that is valid
+    int ring_first = kProbeRing;  // first slot of the ring that is valid
     int last_ring_slot = -1;
     // The mask's flags after a decode step: with the next token's cell they are the next step's.
     std::vector<std::uint8_t> decode_flags;
@@ -132,7 +133,8 @@ class PageTable {
 
   Status check(const StepInput& input) const;
   bool fits_decode(const StepInput& input);
-  bool sees_all(const Stream& stream, std::span<const std::uint8_t> flags, std::int32_t new_cell) const;
+  bool sees_all(const Stream& stream, std::span<const std::uint8_t> flags,
+                std::int32_t new_cell) const;
   void give_up(Stream& stream, std::int32_t cell);
   StreamStep plan_stream(const StepInput& input, std::uint32_t index, bool is_decode);
   std::shared_ptr<PagedBlock> new_block(std::span<const std::int32_t> cells);

@@ -214,7 +214,8 @@ TEST(DevicePolicy, WhatPagesCannotHoldIsRefused) {
     ASSERT_TRUE(asked) << name;
     EXPECT_FALSE(device_policy(*asked)) << name;
   }
-  const auto uniform = policy::make_policy({{"policy", "uniform"}, {"key-bits", "8"}, {"value-bits", "8"}});
+  const auto uniform =
+      policy::make_policy({{"policy", "uniform"}, {"key-bits", "8"}, {"value-bits", "8"}});
   ASSERT_TRUE(uniform);
   EXPECT_TRUE(device_policy(*uniform));
 }

@@ -28,8 +28,8 @@ namespace {
 
 // Nodes [0, n) for the host, then, if there is one, a layer of ours.
 struct Piece {
-  // The first node is a dummy that changes with each run: the host's CUDA backend makes graphs of its
-  // own of nodes that stay the same, and those can't be part of ours.
+  // The first node is a dummy that changes with each run: the host's CUDA backend makes graphs of
+  // its own of nodes that stay the same, and those can't be part of ours.
   ggml_tensor dummy{};
   std::vector<ggml_tensor*> nodes;
   std::optional<CudaLayerNodes> layer;
@@ -142,9 +142,9 @@ class Backend {
     return ok_status();
   }
 
-  // Seen once: run. Seen twice: captured. From then on: repeated. Where a graph of as many nodes has
-  // been captured before, the host's kernels have all the memory they need, and the first run is left
-  // out: a run without a graph costs as much as two steps.
+  // Seen once: run. Seen twice: captured. From then on: repeated. Where a graph of as many nodes
+  // has been captured before, the host's kernels have all the memory they need, and the first run
+  // is left out: a run without a graph costs as much as two steps.
   Status repeat_or_run(std::uint64_t key) {
     if (key != 0 && key == captured_key_) {
       return cuda::to_status(cudaGraphLaunch(executable_, stream_), "graph launch");
@@ -156,8 +156,8 @@ class Backend {
     }
     captured_key_ = 0;
     cudaGraph_t captured = nullptr;
-    Status begun = cuda::to_status(
-        cudaStreamBeginCapture(stream_, cudaStreamCaptureModeRelaxed), "capture");
+    Status begun =
+        cuda::to_status(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeRelaxed), "capture");
     if (!begun) {
       return begun;
     }
@@ -256,10 +256,10 @@ class Backend {
         n += piece.group == group;
       }
       if (!refusal_ && n != group->layers.size()) {
-        refusal_ = unsupported("found " + std::to_string(n) + " of " +
-                               std::to_string(group->layers.size()) +
-                               " layers of a KV cache in one graph; ZipCacheCUDA serves graphs with "
-                               "all of them: put all layers on it (-ngl 99)");
+        refusal_ = unsupported(
+            "found " + std::to_string(n) + " of " + std::to_string(group->layers.size()) +
+            " layers of a KV cache in one graph; ZipCacheCUDA serves graphs with "
+            "all of them: put all layers on it (-ngl 99)");
       }
     }
     uid_ = graph->uid;
@@ -273,8 +273,8 @@ class Backend {
   }
 
   void add(ggml_tensor* node, CudaLayerNodes* layer) {
-    const NodeClass found = (node->flags & GGML_TENSOR_FLAG_COMPUTE) == 0 ? NodeClass{}
-                                                                         : classify_cuda(node);
+    const NodeClass found =
+        (node->flags & GGML_TENSOR_FLAG_COMPUTE) == 0 ? NodeClass{} : classify_cuda(node);
     switch (found.kind) {
       case NodeKind::kOther:
       case NodeKind::kElsewhere:
@@ -284,9 +284,10 @@ class Backend {
           if (node->op != GGML_OP_VIEW && node->op != GGML_OP_RESHAPE &&
               node->op != GGML_OP_PERMUTE && node->op != GGML_OP_TRANSPOSE &&
               node->op != GGML_OP_NONE) {
-            refusal_ = unsupported(std::string("found ") + ggml_op_name(node->op) +
-                                   " between storing keys and attention, which is not served on CUDA; "
-                                   "use -dev ZipCache");
+            refusal_ =
+                unsupported(std::string("found ") + ggml_op_name(node->op) +
+                            " between storing keys and attention, which is not served on CUDA; "
+                            "use -dev ZipCache");
           }
         }
         pieces_.back().nodes.push_back(node);
@@ -316,7 +317,8 @@ class Backend {
         layer->values == nullptr || cuda_kv_tensor(layer->keys) != keys ||
         cuda_kv_tensor(layer->values) != values || keys->group != values->group) {
       refusal_ = unsupported(
-          "attention reads keys that its layer did not store, or keys and values of unlike rows; not "
+          "attention reads keys that its layer did not store, or keys and values of unlike rows; "
+          "not "
           "served on CUDA: use -dev ZipCache");
       return;
     }

@@ -27,7 +27,8 @@ CudaKvBuffer* context_of(ggml_backend_buffer_t buffer) {
   return static_cast<CudaKvBuffer*>(buffer->context);
 }
 
-// Copies of the host's own CUDA buffers work like this, too: ordered by synchronize(), not by stream.
+// Copies of the host's own CUDA buffers work like this, too: ordered by synchronize(), not by
+// stream.
 void finish(cudaError_t started, const char* what) {
   const cudaError_t error =
       started != cudaSuccess ? started : cudaStreamSynchronize(cudaStreamPerThread);
@@ -86,9 +87,9 @@ std::string report_line(const CudaKvBuffer& buffer, bool as_json) {
 
 void report(const CudaKvBuffer& buffer) {
   const std::string& to = buffer.settings().report;
-  const bool empty = std::none_of(buffer.groups().begin(), buffer.groups().end(), [](const auto& g) {
-    return g.cache != nullptr && g.cache->table().live_tokens() > 0;
-  });
+  const bool empty = std::none_of(
+      buffer.groups().begin(), buffer.groups().end(),
+      [](const auto& g) { return g.cache != nullptr && g.cache->table().live_tokens() > 0; });
   if (empty || to == "0") {
     return;
   }
@@ -220,9 +221,7 @@ constexpr ggml_backend_buffer_i kBufferInterface = {
     .reset = nullptr,
 };
 
-ggml_backend_buffer_type_t inner_type() {
-  return ggml_backend_dev_buffer_type(inner_device());
-}
+ggml_backend_buffer_type_t inner_type() { return ggml_backend_dev_buffer_type(inner_device()); }
 
 const char* get_name(ggml_backend_buffer_type_t /*type*/) { return kCudaDeviceName; }
 
@@ -303,19 +302,20 @@ Status CudaKvBuffer::open(CudaGroup* group, std::uint32_t n_kv_heads, std::uint3
   if (group->cache != nullptr) {
     const cuda::TableShape& shape = group->cache->table().shape();
     if (shape.n_kv_heads != n_kv_heads || shape.head_dim != head_dim) {
-      return unsupported("layers of one row length split into different heads, which is not served "
-                         "on CUDA; use -dev ZipCache");
+      return unsupported(
+          "layers of one row length split into different heads, which is not served "
+          "on CUDA; use -dev ZipCache");
     }
     return ok_status();
   }
-  Expected<std::unique_ptr<cuda::DeviceCache>> made = cuda::DeviceCache::create(
-      {.n_layers = static_cast<std::uint32_t>(group->layers.size()),
-       .n_streams = group->n_streams,
-       .n_cells = group->n_cells,
-       .n_kv_heads = n_kv_heads,
-       .head_dim = head_dim,
-       .layer = group->layers.front()},
-      *settings_.policy);
+  Expected<std::unique_ptr<cuda::DeviceCache>> made =
+      cuda::DeviceCache::create({.n_layers = static_cast<std::uint32_t>(group->layers.size()),
+                                 .n_streams = group->n_streams,
+                                 .n_cells = group->n_cells,
+                                 .n_kv_heads = n_kv_heads,
+                                 .head_dim = head_dim,
+                                 .layer = group->layers.front()},
+                                *settings_.policy);
   if (!made) {
     return made.error();
   }

@@ -1,6 +1,6 @@
-// The buffer type of ZipCacheCUDA: device addresses that get memory when the first tensor that is no
-// KV cache is put there. Tensors of a KV cache keep their addresses and never have bytes: layers of
-// one shape are a group, a DeviceCache. Under policy fp16 every tensor is ordinary memory.
+// The buffer type of ZipCacheCUDA: device addresses that get memory when the first tensor that is
+// no KV cache is put there. Tensors of a KV cache keep their addresses and never have bytes: layers
+// of one shape are a group, a DeviceCache. Under policy fp16 every tensor is ordinary memory.
 #pragma once
 
 #include <deque>
@@ -27,8 +27,8 @@ struct CudaGroup {
   std::uint32_t row = 0;  // elements
   std::uint32_t n_cells = 0;
   std::uint32_t n_streams = 0;
-  std::vector<std::uint32_t> layers;          // of the model, in the order of the cache
-  std::unique_ptr<cuda::DeviceCache> cache;   // once the number of heads is known
+  std::vector<std::uint32_t> layers;         // of the model, in the order of the cache
+  std::unique_ptr<cuda::DeviceCache> cache;  // once the number of heads is known
 };
 
 // What a KV tensor's `extra` points to.

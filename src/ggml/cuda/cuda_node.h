@@ -11,9 +11,9 @@ namespace zipcache::ggml {
 NodeClass classify_cuda(const ggml_tensor* node);
 
 struct CudaLayerNodes {
-  const ggml_tensor* keys = nullptr;     // SET_ROWS
-  const ggml_tensor* values = nullptr;   // SET_ROWS
-  const ggml_tensor* attend = nullptr;   // FLASH_ATTN_EXT
+  const ggml_tensor* keys = nullptr;    // SET_ROWS
+  const ggml_tensor* values = nullptr;  // SET_ROWS
+  const ggml_tensor* attend = nullptr;  // FLASH_ATTN_EXT
 };
 
 // The step that these nodes belong to, and the layer's own tensors. Their memory is the host's and

@@ -1,12 +1,10 @@
-#include "kernels/cuda/window_kernels.h"
-
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <string>
 
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/ptx.cuh"
+#include "kernels/cuda/window_kernels.h"
 
 namespace zipcache::cuda {
 namespace {
@@ -14,7 +12,9 @@ namespace {
 constexpr int kThreads = 256, kHeadThreads = 128;
 constexpr HalfBits kMinusInfinity = 0xfc00;
 
-__device__ __forceinline__ HalfBits to_half(float x) { return __half_as_ushort(__float2half_rn(x)); }
+__device__ __forceinline__ HalfBits to_half(float x) {
+  return static_cast<HalfBits>(ptx::pack_half2(x, 0));
+}
 
 __global__ void __launch_bounds__(kThreads)
     summary_kernel(const __grid_constant__ MaskSummaryParams p) {
@@ -27,7 +27,8 @@ __global__ void __launch_bounds__(kThreads)
     all &= seen;
     const int n = __syncthreads_count(seen);
     if (threadIdx.x == 0 && n > 0) {
-      atomicAdd(p.row_counts + plane * p.n_rows + row, n);
+      atomicAdd(reinterpret_cast<uint32_t*>(p.row_counts) + plane * p.n_rows + row,
+                static_cast<uint32_t>(n));
     }
   }
   if (cell < p.n_cells) {

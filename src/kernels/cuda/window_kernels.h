@@ -1,6 +1,7 @@
 // What a device cache does around attention: what a mask shows, new tokens into fp16 rows, rows
-// between the tail and the window of a step, ranks, the cells of a launch's pages. The window is all
-// tokens of a sequence that are not sealed, in one step's scratch memory, [token, KV head, channel].
+// between the tail and the window of a step, ranks, the cells of a launch's pages. The window is
+// all tokens of a sequence that are not sealed, in one step's scratch memory, [token, KV head,
+// channel].
 //
 // As in cuda_kernels.h: device pointers stay the caller's, all work goes to the caller's stream.
 #pragma once
@@ -22,7 +23,7 @@ struct MaskSummaryParams {
   const HalfBits* mask = nullptr;  // [n_planes, n_rows, n_cells], strides in halves; -inf hides
   std::int64_t plane_stride = 0;
   std::int64_t row_stride = 0;
-  std::uint8_t* flags = nullptr;        // [n_planes, n_cells]
+  std::uint8_t* flags = nullptr;       // [n_planes, n_cells]
   std::int32_t* row_counts = nullptr;  // [n_planes, n_rows], zero before
 };
 Status summarize_mask(const MaskSummaryParams& params, Stream stream);
@@ -59,11 +60,11 @@ struct IngestParams {
   std::int64_t q_head_stride = 0;
   HalfBits* q_half = nullptr;  // [tokens, n_heads, head_dim]
 
-  HalfBits* ring_q = nullptr;              // [n_sequences, ring, n_heads, head_dim], or nullptr
-  float* ring_lse = nullptr;               // [n_sequences, ring, n_heads]
-  const float* last_lse = nullptr;         // [n_sequences, n_heads]
-  const std::int32_t* ring_at = nullptr;   // [n_sequences, 2]: slot of these queries, of that lse;
-                                           // < 0: none
+  HalfBits* ring_q = nullptr;             // [n_sequences, ring, n_heads, head_dim], or nullptr
+  float* ring_lse = nullptr;              // [n_sequences, ring, n_heads]
+  const float* last_lse = nullptr;        // [n_sequences, n_heads]
+  const std::int32_t* ring_at = nullptr;  // [n_sequences, 2]: slot of these queries, of that lse;
+                                          // < 0: none
   std::int32_t ring = 0;
 };
 Status ingest(const IngestParams& params, Stream stream);
@@ -88,9 +89,9 @@ struct GatherProbesParams {
   const float* q = nullptr;
   std::int64_t q_query_stride = 0;
   std::int64_t q_head_stride = 0;
-  const float* lse = nullptr;     // [rows, n_heads]
-  HalfBits* probe_q = nullptr;    // [n_probes, n_heads, head_dim]
-  float* probe_lse = nullptr;     // [n_probes, n_heads]
+  const float* lse = nullptr;   // [rows, n_heads]
+  HalfBits* probe_q = nullptr;  // [n_probes, n_heads, head_dim]
+  float* probe_lse = nullptr;   // [n_probes, n_heads]
 };
 Status gather_probes(const GatherProbesParams& params, Stream stream);
 
@@ -100,8 +101,8 @@ struct RankParams {
   std::int32_t n_kv_heads = 0;
   const float* saliency = nullptr;  // [n_kv_heads, head_stride]
   std::int64_t head_stride = 0;
-  std::int32_t* order = nullptr;   // [n_kv_heads, n_tokens]: slot -> token, as PackParams takes it
-  std::uint16_t* kept = nullptr;   // the same, [n_kv_heads, kept_stride]
+  std::int32_t* order = nullptr;  // [n_kv_heads, n_tokens]: slot -> token, as PackParams takes it
+  std::uint16_t* kept = nullptr;  // the same, [n_kv_heads, kept_stride]
   std::int64_t kept_stride = 0;
 };
 inline constexpr int kMaxRankTokens = 4096;

@@ -129,6 +129,17 @@ inline void __syncthreads() { zipcache::cuda::emulation::block_barrier(); }
 inline int __syncthreads_or(int predicate) {
   return zipcache::cuda::emulation::block_barrier(predicate != 0) ? 1 : 0;
 }
+inline int __syncthreads_count(int predicate) {
+  static int count = 0;  // one block at a time
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    count = 0;
+  }
+  __syncthreads();
+  count += predicate != 0 ? 1 : 0;
+  __syncthreads();
+  return count;
+}
 inline void __threadfence() {}
 
 inline std::uint32_t atomicAdd(std::uint32_t* p, std::uint32_t x) {
