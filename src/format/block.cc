@@ -254,10 +254,9 @@ std::uint32_t BlockLayout::group_tokens(Tensor t, int cls) const {
   return group == 0 ? std::max(class_tokens(t, cls), 1u) : group;
 }
 
-// A class without tokens still has the parameters of one group, unless it never has any.
 std::uint32_t BlockLayout::n_token_groups(Tensor t, int cls) const {
   const std::uint32_t group = group_tokens(t, cls);
-  return has_codes(t, cls) ? std::max((class_tokens(t, cls) + group - 1) / group, 1u) : 0;
+  return has_codes(t, cls) ? (class_tokens(t, cls) + group - 1) / group : 0;
 }
 
 std::uint32_t BlockLayout::first_param_slot(Tensor t) const {

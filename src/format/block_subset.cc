@@ -132,7 +132,7 @@ void copy_channel_params(const BlockLayout& layout, const std::byte* block, cons
   const TensorFormat& format = layout.tensor(t);
   for (int cls = 0; cls < format.n_classes; ++cls) {
     const std::size_t half_plane = layout.head_dim(t) * sizeof(Half);
-    if (format.granularity == Granularity::kChannelwise) {
+    if (format.granularity == Granularity::kChannelwise && to.class_tokens(t, cls) > 0) {
       copy_bytes(block + layout.channel_scale_min(t, head, cls),
                  out + to.channel_scale_min(t, head, cls), 2 * half_plane);
     } else if (format.granularity == Granularity::kChannelSeparable) {

@@ -127,7 +127,7 @@ Sections param_sections(const BlockLayout& l) {
       if (f.granularity == Granularity::kChannelwise) {
         for (int cls = 0; cls < f.n_classes; ++cls) {
           const std::uint32_t groups = l.n_token_groups(t, cls);
-          EXPECT_EQ(groups > 0, is_code_width(f.bits[cls]));
+          EXPECT_EQ(groups > 0, is_code_width(f.bits[cls]) && l.class_tokens(t, cls) > 0);
           for (std::uint32_t group = 0; group < groups; ++group) {
             add(&s, l.channel_scale_min(t, head, cls, group), 4 * l.head_dim(t));
           }
