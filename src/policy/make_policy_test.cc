@@ -56,7 +56,7 @@ TEST(MakePolicy, DefaultMode) {
   EXPECT_EQ(policy.value.group_channels, 0);
   EXPECT_EQ(policy.value.n_classes, 2);
   EXPECT_EQ(policy.value.bits, (Bits{3, 2}));
-  EXPECT_EQ(policy.value.salient_bp, 3500u);
+  EXPECT_EQ(policy.value.salient_bp, 5000u);
   EXPECT_EQ(policy.value.class_multiple, 32u);
   EXPECT_EQ(policy.value.rules.clip, (Clip{1.0f, 0.75f}));
   EXPECT_EQ(policy.value.rules.rounding, quant::Rounding::kFloatMin);
@@ -377,7 +377,7 @@ TEST(MakePolicyErrors, Budget) {
 }
 
 TEST(MakePolicy, OnlyTwoBitKeysHaveWideChannels) {
-  EXPECT_EQ(policy_of({}).key.wide_bp, 2500u);
+  EXPECT_EQ(policy_of({}).key.wide_bp, 5000u);
   EXPECT_EQ(policy_of({{"key-bits", "4,3"}}).key.wide_bp, 0u);
   EXPECT_EQ(policy_of({{"key-bits", "8"}}).key.wide_bp, 0u);
   EXPECT_EQ(policy_of({{"mode", "paper"}}).key.wide_bp, 0u);
@@ -484,8 +484,8 @@ TEST(PolicyHelp, ListedSettingsAreThoseThatAreRead) {
 
 TEST(Describe, OneLine) {
   EXPECT_EQ(describe(policy_of({})),
-            "zipcache default: K channelwise 4/2 bits (20 % salient, 25 % of channels 4 bits, clip "
-            "1/0.7), V channel-separable 3/2 bits (35 % salient, clip 1/0.75, byte params); 4 "
+            "zipcache default: K channelwise 4/2 bits (20 % salient, 50 % of channels 4 bits, clip "
+            "1/0.7), V channel-separable 3/2 bits (50 % salient, clip 1/0.75, byte params); 4 "
             "sinks, hold 28, seal 64 in blocks of 512; metric normalized, probes default, seed 0");
   EXPECT_EQ(describe(policy_of({{"kv-bits", "2.75"}})),
             "zipcache default of at most 2.75 bits: K channelwise 4/2 bits (some of channels 4 "

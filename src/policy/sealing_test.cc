@@ -110,13 +110,13 @@ TEST(BlockShape, DefaultRoundsClassesToWholeLanes) {
                                              .n_classes = 2,
                                              .bits = {4, 2},
                                              .class0_tokens = 48,
-                                             .wide_channels = 16}));
+                                             .wide_channels = 32}));
   EXPECT_EQ(shape.value,
             (format::TensorFormat{.granularity = format::Granularity::kChannelSeparable,
                                   .token_params = format::TokenParams::kByte,
                                   .n_classes = 2,
                                   .bits = {3, 2},
-                                  .class0_tokens = 96}));
+                                  .class0_tokens = 128}));
 }
 
 TEST(BlockShape, DefaultClassesAreMultiplesInEveryBlockThatIsPlanned) {

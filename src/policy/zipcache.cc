@@ -24,13 +24,13 @@ Policy default_preset() {
   policy.key.n_classes = policy.value.n_classes = 2;
   policy.key.bits = {4, 2};
   policy.key.salient_bp = 2000;
-  policy.key.wide_bp = 2500;
+  policy.key.wide_bp = 5000;
   policy.key.class_multiple = 16;  // keys: lanes are tokens, 16 at a time
   policy.value.granularity = format::Granularity::kChannelSeparable;
   policy.value.token_params = format::TokenParams::kByte;
   policy.value.bits = {3, 2};
   policy.value.rules.keep_length = true;
-  policy.value.salient_bp = 3500;
+  policy.value.salient_bp = 5000;
   policy.value.class_multiple = 32;  // values: a word of a 1-bit plane holds 32 tokens
   policy.hold_tokens = kFillWindow;
   return policy;
