@@ -29,10 +29,10 @@ WIKI = "wikitext2/wiki.test.raw"
 MOBY_DICK = "books/pg2701_moby_dick.txt"
 WAR_AND_PEACE = "books/pg2600_war_and_peace.txt"
 
-FRONTIER = ["q8_0", "q4_0", "policy=fp16", "default", "mode=paper",
+FRONTIER = ["q8_0", "q4_0", "policy=fp16", "default", "kv-bits=2.7", "kv-bits=2.48", "mode=paper",
             "policy=kivi,key-bits=4,value-bits=4", "policy=kivi,key-bits=2,value-bits=2",
             "policy=gear", "policy=mikv", "policy=h2o"]
-LONG = ["q4_0", "default", "mode=paper"]
+LONG = ["q4_0", "default", "kv-bits=2.7", "kv-bits=2.3", "mode=paper"]
 UNIFORM = [f"policy=uniform,granularity={granularity},key-bits={bits},value-bits={bits}"
            for bits in (4, 2)
            for granularity in ("tokenwise", "channelwise+tokenwise", "groupwise",

@@ -75,6 +75,9 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
       bits = bits == 9 ? format::kExactBits : bits;
     }
   }
+  const std::uint8_t wide = in.byte();
+  shape.key.wide_channels = static_cast<std::uint16_t>((wide & 7) * 16);
+  shape.key.wide_bits = wide >> 4;
   if (!format::BlockLayout::is_valid(shape)) {
     return 0;
   }

@@ -41,6 +41,17 @@ Status LayerCache::set_heads(std::uint32_t n_kv_heads, std::uint32_t key_dim,
     return unsupported("head_dim " + std::to_string(key_dim) +
                        " does not split as the policy asks: " + policy::describe(*policy_));
   }
+  if (policy_->kv_centibits > 0) {
+    const std::uint32_t least = policy::least_centibits(
+        *policy_, policy_->block_tokens == 0 ? kPageTokens : policy_->block_tokens, n_kv_heads,
+        key_dim, value_dim);
+    if (policy_->kv_centibits < least) {
+      return unsupported("kv-bits is below the " + std::to_string(least / 100) + "." +
+                         std::to_string(least / 10 % 10) + std::to_string(least % 10) +
+                         " bits per element that a whole block of " + std::to_string(n_kv_heads) +
+                         " KV heads of " + std::to_string(key_dim) + " channels takes at least");
+    }
+  }
   if (n_kv_heads_ == 0) {
     n_kv_heads_ = n_kv_heads;
     key_dim_ = key_dim;
@@ -336,8 +347,9 @@ ByteCount LayerCache::bytes() const {
   }
   count.masks += segments_.capacity() * sizeof(Segment);
   for (const TokenGroup& group : groups_) {
-    count.masks +=
-        sizeof group + (group.query_max.size() + group.key_factors.size()) * sizeof(float);
+    count.masks += sizeof group +
+                   (group.query_max.size() + group.key_factors.size() + group.query_power.size()) *
+                       sizeof(float);
   }
   for (const auto& piece : owners_) {
     count.masks += sizeof(piece) + (piece != nullptr ? kMapCells * sizeof(std::uint16_t) : 0);

@@ -107,6 +107,8 @@ struct TokenGroup {
   // Policies that balance keys: [key_row] max |q| per channel of each KV head until the first
   // sealing, from then on the factors of its keys.
   std::vector<float> query_max{}, key_factors{};
+  // Policies with wide channels: [key_row] sum of q^2 per channel of each KV head.
+  std::vector<float> query_power{};
 };
 
 class LayerCache {
@@ -189,6 +191,7 @@ class LayerCache {
     bool holds_values = false;
     std::vector<float> mass{};             // see SealedBlock
     std::span<const float> key_factors{};  // [key_row], where the shape's keys have given ones
+    std::span<const float> key_weights{};  // [key_row] or empty, see quant::TensorRules
   };
   Status seal(std::span<const Slot> slots, const SealAs& as, std::span<const std::uint8_t> tiers,
               TaskTeam* team = nullptr);

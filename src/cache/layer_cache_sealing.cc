@@ -49,6 +49,7 @@ Status LayerCache::seal(std::span<const Slot> slots, const SealAs& as,
     read_staged(slots, order, keys.get(), values.get(), team);
     quant::QuantRules rules = policy_->quant_rules();
     rules.key.given_factors = as.key_factors;
+    rules.key.channel_weights = as.key_weights;
     quant::encode_block(*block->layout, rules, {keys.get(), n_keys}, {values.get(), n_values},
                         sorted_tiers, block->bytes.data(), team);
     Expected<std::uint32_t> id = new_segment();

@@ -27,6 +27,8 @@ const std::vector<Case>& cases() {
       {"fp16", {{"policy", "fp16"}}, 1e-4},
       {"default", {}, 3e-3},
       {"default_small", {{"seal", "32"}, {"block", "64"}, {"hold", "4"}, {"sinks", "1"}}, 3e-3},
+      {"wide_channels_alone", {{"key-bits", "2"}, {"key-wide", "50"}, {"seal", "32"}}, 3e-3},
+      {"budget", {{"kv-bits", "3.2"}, {"seal", "32"}}, 3e-3},
       {"half_params", {{"value-params", "half"}, {"key-bits", "8,2"}, {"value-bits", "4"}}, 3e-3},
       {"uniform_cst", {{"policy", "uniform"}, {"granularity", "channelwise+cst"}}, 3e-3},
       {"uniform_tokenwise", {{"policy", "uniform"}, {"granularity", "tokenwise"}}, 3e-3},
@@ -370,6 +372,20 @@ TEST(LayerCache, RefusesImpossibleHeads) {
   EXPECT_EQ(cache.set_heads(2, 32, 32).error().code, ErrorCode::kUnsupported);
   EXPECT_TRUE(cache.set_heads(3, 32, 32));
   EXPECT_EQ(cache.set_heads(6, 16, 16).error().code, ErrorCode::kUnsupported);
+}
+
+TEST(LayerCache, RefusesABudgetThatNoBlockMeets) {
+  const auto cache_of = [](const char* bits) {
+    const auto policy =
+        std::make_shared<policy::Policy>(policy::make_policy({{"kv-bits", bits}}).value());
+    return std::make_unique<LayerCache>(LayerCache::Shape{0, 64, 96, 96}, policy,
+                                        std::make_shared<Budget>());
+  };
+  const Status refused = cache_of("2.2")->set_heads(3, 32, 32);
+  ASSERT_FALSE(refused);
+  EXPECT_EQ(refused.error().code, ErrorCode::kUnsupported);
+  EXPECT_EQ(refused.error().message.find("kv-bits is below the 2."), 0u);
+  EXPECT_TRUE(cache_of("2.7")->set_heads(3, 32, 32));
 }
 
 }  // namespace

@@ -65,6 +65,7 @@ TokenGroup& Sealer::take_over(const Visibility& visible, std::uint32_t row) {
     if (parent != groups.end()) {
       made.query_max = parent->query_max;
       made.key_factors = parent->key_factors;
+      made.query_power = parent->query_power;
     }
   }
   for (const LayerCache::Slot& slot : seen) {
@@ -238,22 +239,25 @@ TokenGroup& Sealer::find_group(std::uint32_t id) {
 
 void Sealer::observe_queries(const float* q, std::size_t row_stride, std::size_t head_stride,
                              std::uint32_t heads_per_group) {
-  if (cache_.policy().key.factors != policy::Factors::kBalanced) {
+  const policy::TensorPolicy& key = cache_.policy().key;
+  const bool balances = key.factors == policy::Factors::kBalanced;
+  if (!balances && key.wide_bp == 0) {
     return;
   }
   const std::uint32_t dim = cache_.key_dim();
   for (const StepGroup& step : scratch_.groups) {
     TokenGroup& group = find_group(step.id);
-    if (!group.key_factors.empty()) {
+    if (balances && !group.key_factors.empty()) {
       continue;
     }
-    group.query_max.resize(cache_.shape().key_row);
+    std::vector<float>& sums = balances ? group.query_max : group.query_power;
+    sums.resize(cache_.shape().key_row);
     for (const std::uint32_t row : std::span(scratch_.rows).subspan(step.first_row, step.n_rows)) {
       for (std::uint32_t head = 0; head < cache_.n_kv_heads() * heads_per_group; ++head) {
         const float* x = q + row * row_stride + head * head_stride;
-        float* largest = group.query_max.data() + std::size_t{head / heads_per_group} * dim;
+        float* sum = sums.data() + std::size_t{head / heads_per_group} * dim;
         for (std::uint32_t c = 0; c < dim; ++c) {
-          largest[c] = std::max(largest[c], std::abs(x[c]));
+          sum[c] = balances ? std::max(sum[c], std::abs(x[c])) : sum[c] + x[c] * x[c];
         }
       }
     }
@@ -368,7 +372,8 @@ Status Sealer::seal_block(std::span<const LayerCache::Slot> oldest_first, std::u
                       .group = group,
                       .end_ordinal = of.n_tokens - n_after,
                       .holds_values = holds_values,
-                      .key_factors = of.key_factors},
+                      .key_factors = of.key_factors,
+                      .key_weights = of.query_power},
                      tiers, helpers_);
 }
 

@@ -54,7 +54,7 @@ void SegmentMath::block_logits(const SealedBlock& block, std::uint32_t head, con
                                std::size_t n_rows, float* logits, std::size_t stride,
                                SegmentScratch& scratch) const {
   const format::TensorFormat& format = block.layout->tensor(Tensor::kKey);
-  if (format.reordered) {
+  if (format.reordered || format.wide_channels > 0) {
     format::channel_order(*block.layout, block.bytes.data(), Tensor::kKey, head,
                           scratch.order.data());
     for (std::size_t row = 0; row < n_rows; ++row) {
@@ -98,8 +98,8 @@ void SegmentMath::key_class(const SealedBlock& block, std::uint32_t head, int cl
     return;
   }
   if (format.granularity == Granularity::kChannelwise) {
-    for (std::uint32_t group = 0; group < layout.n_token_groups(Tensor::kKey, cls); ++group) {
-      key_channels(block, head, cls, group, q, n_rows, out, stride, scratch);
+    for (std::uint32_t set = 0; set < layout.n_token_groups(Tensor::kKey, cls); ++set) {
+      key_channels(block, head, cls, set, q, n_rows, out, stride, scratch);
     }
     return;
   }
@@ -141,31 +141,42 @@ void SegmentMath::key_class(const SealedBlock& block, std::uint32_t head, int cl
   }
 }
 
-// Slots of a class that share a (scale, min) per channel: the lanes of a part of its code matrix.
+// Slots of a class that share a (scale, min) per channel: the lanes of a part of its code matrices,
+// one of which has the wide channels, if there are any, and one the others.
 void SegmentMath::key_channels(const SealedBlock& block, std::uint32_t head, int cls,
-                               std::uint32_t group, const float* q, std::size_t n_rows,
-                               float* logits, std::size_t stride, SegmentScratch& scratch) const {
+                               std::uint32_t set, const float* q, std::size_t n_rows, float* logits,
+                               std::size_t stride, SegmentScratch& scratch) const {
   const BlockLayout& layout = *block.layout;
-  const int bits = layout.tensor(Tensor::kKey).bits[static_cast<std::size_t>(cls)];
-  const std::uint32_t first = group * layout.group_tokens(Tensor::kKey, cls);
+  const std::uint32_t first = set * layout.group_tokens(Tensor::kKey, cls);
   const std::uint32_t n = std::min(layout.group_tokens(Tensor::kKey, cls),
                                    layout.class_tokens(Tensor::kKey, cls) - first);
   const std::size_t lane_groups = first / format::kLanesPerGroup;
-  const std::byte* codes =
-      at(block, layout.codes(Tensor::kKey, head, cls, 0)) +
-      lane_groups * format::group_words(bits, key_dim_) * format::kGroupWordBytes;
-  const std::byte* params = at(block, layout.channel_scale_min(Tensor::kKey, head, cls, group));
+  const std::byte* params = at(block, layout.channel_scale_min(Tensor::kKey, head, cls, set));
   float* out = logits + first;
   float* folded = scratch.operand.data();
   format::load_halves(params, key_dim_, scratch.channel_a.data());
   format::load_halves(params + key_dim_ * sizeof(Half), key_dim_, scratch.channel_b.data());
-  const std::size_t inner = format::padded_inner(bits, key_dim_);
-  for (std::size_t row = 0; row < n_rows; ++row) {
-    float* x = folded + row * inner;
-    kernels_.multiply(x, q + row * key_dim_, scratch.channel_a.data(), key_dim_);
-    std::fill(x + key_dim_, x + inner, 0.0f);
+  for (std::uint32_t group = 0; group < layout.n_groups(Tensor::kKey); ++group) {
+    const int bits = layout.code_bits(Tensor::kKey, cls, group);
+    const std::uint32_t first_channel = layout.first_channel(Tensor::kKey, group);
+    const std::uint32_t width = layout.group_channels(Tensor::kKey, group);
+    const std::byte* codes =
+        at(block, layout.codes(Tensor::kKey, head, cls, group)) +
+        lane_groups * format::group_words(bits, width) * format::kGroupWordBytes;
+    const std::size_t inner = format::padded_inner(bits, width);
+    for (std::size_t row = 0; row < n_rows; ++row) {
+      float* x = folded + row * inner;
+      kernels_.multiply(x, q + row * key_dim_ + first_channel,
+                        scratch.channel_a.data() + first_channel, width);
+      std::fill(x + width, x + inner, 0.0f);
+    }
+    const std::size_t product_stride = group == 0 ? stride : round_up(n, 16);
+    float* product = group == 0 ? out : scratch.product.data();
+    multiply({codes, bits, n, width, 0}, folded, inner, n_rows, product, product_stride, scratch);
+    for (std::size_t row = 0; group > 0 && row < n_rows; ++row) {
+      kernels_.axpby(out + row * stride, n, 1.0f, product + row * product_stride, 1.0f);
+    }
   }
-  multiply({codes, bits, n, key_dim_, 0}, folded, inner, n_rows, out, stride, scratch);
   for (std::size_t row = 0; row < n_rows; ++row) {
     const float beta = kernels_.dot(q + row * key_dim_, scratch.channel_b.data(), key_dim_);
     float* s = out + row * stride;

@@ -62,7 +62,7 @@ class SegmentMath {
   void key_class(const SealedBlock& block, std::uint32_t head, int cls, const float* q,
                  std::size_t n_rows, float* logits, std::size_t stride,
                  SegmentScratch& scratch) const;
-  void key_channels(const SealedBlock& block, std::uint32_t head, int cls, std::uint32_t group,
+  void key_channels(const SealedBlock& block, std::uint32_t head, int cls, std::uint32_t set,
                     const float* q, std::size_t n_rows, float* logits, std::size_t stride,
                     SegmentScratch& scratch) const;
   void exact_values(const SealedBlock& block, std::uint32_t head, int cls, const float* weights,

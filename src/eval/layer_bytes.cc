@@ -30,6 +30,9 @@ Status append(cache::LayerCache& layer, std::span<const std::uint32_t> cells,
   cache::SealerScratch scratch;
   cache::Sealer sealer(layer, scratch);
   sealer.begin_step(everything, /*first_row=*/0, &probes);
+  const std::vector<float> no_query(layer.key_dim());
+  sealer.observe_queries(no_query.data(), /*row_stride=*/0, /*head_stride=*/0,
+                         /*heads_per_group=*/1);
   return sealer.end_step();
 }
 

@@ -7,7 +7,9 @@ constexpr double kHalfBits = 16;
 
 double mean_code_bits(const policy::TensorPolicy& tensor) {
   const double salient = tensor.n_classes == 2 ? double(tensor.salient_bp) / 10000 : 1.0;
-  return salient * tensor.bits[0] + (1 - salient) * tensor.bits[1];
+  const double wide = double(tensor.wide_bp) / 10000;
+  return wide * tensor.wide_bits +
+         (1 - wide) * (salient * tensor.bits[0] + (1 - salient) * tensor.bits[1]);
 }
 
 // Of K or V alone: half of the elements.

@@ -55,6 +55,13 @@ bool is_valid_tensor(const TensorFormat& f, std::uint32_t head_dim, std::uint32_
       (!is_code_width(f.bits[0]) || (f.n_classes == 2 && !is_code_width(f.bits[1])))) {
     return false;
   }
+  if (f.wide_channels != 0 &&
+      (f.granularity != Granularity::kChannelwise || f.wide_channels % 16 != 0 ||
+       f.wide_channels >= head_dim || !is_code_width(f.wide_bits) || !is_code_width(f.bits[0]) ||
+       (f.n_classes == 2 && !is_code_width(f.bits[1])) || f.reordered || f.rank > 0 ||
+       f.outliers > 0)) {
+    return false;
+  }
   const bool one_group = f.group_channels == 0 || f.group_channels == head_dim;
   switch (f.granularity) {
     case Granularity::kChannelwise:
@@ -81,7 +88,7 @@ bool is_valid_pair(const BlockShape& s) {
   }
   const bool corrected =
       s.key.rank > 0 || s.key.outliers > 0 || s.value.rank > 0 || s.value.outliers > 0;
-  return s.value.group_tokens == 0 && s.key.outliers <= s.n_tokens &&
+  return s.value.group_tokens == 0 && s.value.wide_channels == 0 && s.key.outliers <= s.n_tokens &&
          s.value.outliers <= s.value_dim &&
          (!corrected ||
           (s.key.n_classes == 1 && s.value.n_classes == 1 && s.n_tokens <= kMaxPlaces));
@@ -134,12 +141,12 @@ BlockLayout::TensorOffsets BlockLayout::place_in_head(Tensor t) {
   const TensorFormat& f = tensor(t);
   TensorOffsets o;
   for (int cls = 0; cls < f.n_classes; ++cls) {
-    const std::size_t tokens = class_tokens(t, cls);
-    const std::size_t channels = group_channels(t);
     o.class_codes[cls] = head_codes_size_;
-    o.group_codes_size[cls] = t == Tensor::kKey ? class_matrix_bytes(f.bits[cls], tokens, channels)
-                                                : class_matrix_bytes(f.bits[cls], channels, tokens);
-    head_codes_size_ += n_groups(t) * o.group_codes_size[cls];
+    for (std::uint32_t group = 0; group < n_groups(t); ++group) {
+      const std::size_t size = matrix_size(t, cls, group);
+      o.group_codes_size[cls][std::min(group, 1u)] = size;
+      head_codes_size_ += size;
+    }
   }
 
   o.params = head_params_size_;
@@ -154,6 +161,13 @@ BlockLayout::TensorOffsets BlockLayout::place_in_head(Tensor t) {
   place_corrections(t, &o);
   o.params_size = head_params_size_ - o.params;
   return o;
+}
+
+std::size_t BlockLayout::matrix_size(Tensor t, int cls, std::uint32_t group) const {
+  const std::size_t tokens = class_tokens(t, cls), channels = group_channels(t, group);
+  const int bits = code_bits(t, cls, group);
+  return t == Tensor::kKey ? class_matrix_bytes(bits, tokens, channels)
+                           : class_matrix_bytes(bits, channels, tokens);
 }
 
 void BlockLayout::place_token_params(Tensor t, TensorOffsets* o) {
@@ -180,7 +194,9 @@ void BlockLayout::place_corrections(Tensor t, TensorOffsets* o) {
   const TensorFormat& f = tensor(t);
   head_params_size_ = round_up(head_params_size_, sizeof(Half));  // after an odd number of bytes
   o->order = head_params_size_;
-  head_params_size_ += f.reordered ? head_dim(t) * sizeof(std::uint16_t) : 0;
+  head_params_size_ += f.reordered           ? head_dim(t) * sizeof(std::uint16_t)
+                       : f.wide_channels > 0 ? head_dim(t) / 8
+                                             : 0;
   o->low_rank = head_params_size_;
   head_params_size_ += f.rank * (std::size_t{shape_.n_tokens} + head_dim(t)) * sizeof(Half);
   o->outliers = head_params_size_;
@@ -209,21 +225,38 @@ std::uint32_t BlockLayout::class_tokens(Tensor t, int cls) const {
 }
 
 std::uint32_t BlockLayout::group_channels(Tensor t) const {
+  ZC_CHECK(tensor(t).wide_channels == 0);
   const std::uint32_t group = tensor(t).group_channels;
   return group == 0 ? head_dim(t) : group;
 }
 
-std::uint32_t BlockLayout::n_groups(Tensor t) const { return head_dim(t) / group_channels(t); }
+std::uint32_t BlockLayout::n_groups(Tensor t) const {
+  return tensor(t).wide_channels > 0 ? 2 : head_dim(t) / group_channels(t);
+}
+
+std::uint32_t BlockLayout::first_channel(Tensor t, std::uint32_t group) const {
+  const std::uint32_t wide = tensor(t).wide_channels;
+  return group * (wide > 0 ? wide : group_channels(t));
+}
+
+std::uint32_t BlockLayout::group_channels(Tensor t, std::uint32_t group) const {
+  const std::uint32_t wide = tensor(t).wide_channels;
+  return wide == 0 ? group_channels(t) : group == 0 ? wide : head_dim(t) - wide;
+}
+
+int BlockLayout::code_bits(Tensor t, int cls, std::uint32_t group) const {
+  const TensorFormat& f = tensor(t);
+  return f.wide_channels > 0 && group == 0 ? f.wide_bits : f.bits[static_cast<std::size_t>(cls)];
+}
 
 std::uint32_t BlockLayout::group_tokens(Tensor t, int cls) const {
   const std::uint32_t group = tensor(t).group_tokens;
   return group == 0 ? std::max(class_tokens(t, cls), 1u) : group;
 }
 
-// A class without tokens still has the parameters of one group, unless it never has any.
 std::uint32_t BlockLayout::n_token_groups(Tensor t, int cls) const {
   const std::uint32_t group = group_tokens(t, cls);
-  return has_codes(t, cls) ? std::max((class_tokens(t, cls) + group - 1) / group, 1u) : 0;
+  return has_codes(t, cls) ? (class_tokens(t, cls) + group - 1) / group : 0;
 }
 
 std::uint32_t BlockLayout::first_param_slot(Tensor t) const {
@@ -237,11 +270,11 @@ std::uint32_t BlockLayout::param_slots(Tensor t) const {
 
 std::size_t BlockLayout::codes(Tensor t, std::uint32_t head, int cls, std::uint32_t group) const {
   const TensorOffsets& o = offsets(t);
-  return head * head_codes_size_ + o.class_codes[cls] + group * o.group_codes_size[cls];
+  return head * head_codes_size_ + o.class_codes[cls] + group * o.group_codes_size[cls][0];
 }
 
-std::size_t BlockLayout::codes_size(Tensor t, int cls) const {
-  return offsets(t).group_codes_size[cls];
+std::size_t BlockLayout::codes_size(Tensor t, int cls, std::uint32_t group) const {
+  return offsets(t).group_codes_size[cls][std::min(group, 1u)];
 }
 
 std::size_t BlockLayout::params(Tensor t, std::uint32_t head) const {
@@ -278,6 +311,11 @@ std::size_t BlockLayout::token_base(Tensor t, std::uint32_t head) const {
 
 std::size_t BlockLayout::channel_order(Tensor t, std::uint32_t head) const {
   ZC_CHECK(tensor(t).reordered);
+  return params_begin_ + head * head_params_size_ + offsets(t).order;
+}
+
+std::size_t BlockLayout::wide_mask(Tensor t, std::uint32_t head) const {
+  ZC_CHECK(tensor(t).wide_channels > 0);
   return params_begin_ + head * head_params_size_ + offsets(t).order;
 }
 

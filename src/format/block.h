@@ -10,16 +10,18 @@
 //   channelwise        scale[class][c] * q + min[class][c]
 //   tokenwise          scale[t][g] * q + min[t][g]              g = channel group of c
 //   channel_separable  channel[c] * (scale[t][g] * q + min[t][g])
-// plus, where the tensor has them, a low-rank term and outliers. A class of width 16 holds fp16
+// plus, where the tensor has them, a low-rank term and outliers. Channelwise keys may keep some of
+// a head's channels, the wide ones, at a width of their own in every class; they come first in the
+// order in which channels are stored. A class of width 16 holds fp16
 // values instead of codes; one of width 0 holds nothing: its tokens are evicted, that is, read as
 // zeros and visible to no query.
 //
 // Sections, each 64-byte aligned and in this order; gaps hold zeros:
 //   for each head: K codes (class 0, class 1; per class one matrix per channel group, lanes =
-//                  tokens, inner = channels of the group), V codes (lanes = channels of the group,
-//                  inner = tokens of the class)
+//                  tokens, inner = channels of the group; wide channels are a group), V codes
+//                  (lanes = channels of the group, inner = tokens of the class)
 //   for each head (16-byte aligned): K parameters, V parameters; a tensor's end with its channel
-//                  order, low-rank factors and outliers
+//                  order or wide channels, low-rank factors and outliers
 //   K and V token parameters shared over heads (slot_shared), if any; each 16-byte aligned
 //   for each head: tier planes, 1 bit per token and plane (plane p = bit p of the tier; token t is
 //                  bit t % 8 of byte t / 8; planes are padded to 8 bytes)
@@ -59,11 +61,13 @@ struct TensorFormat {
   std::array<std::uint8_t, 2> bits{4, 2};
   std::uint32_t class0_tokens = 0;  // n_classes == 2: tokens of class 0 (0..n_tokens)
 
-  std::uint16_t group_tokens = 0;  // channelwise K: slots that share a (scale, min); 0 = the class
-  bool given_factors = false;      // channel factors came from outside, not from these tokens
-  bool reordered = false;          // channels stand in a stored order; groups follow that order
-  std::uint8_t rank = 0;           // of the low-rank term; 0 = none
-  std::uint16_t outliers = 0;      // per channel (K) or token (V), each with its place; 0 = none
+  std::uint16_t group_tokens = 0;   // channelwise K: slots that share a (scale, min); 0 = the class
+  bool given_factors = false;       // channel factors came from outside, not from these tokens
+  bool reordered = false;           // channels stand in a stored order; groups follow that order
+  std::uint16_t wide_channels = 0;  // channelwise K: channels whose codes have wide_bits; 0 = none
+  std::uint8_t wide_bits = 4;
+  std::uint8_t rank = 0;       // of the low-rank term; 0 = none
+  std::uint16_t outliers = 0;  // per channel (K) or token (V), each with its place; 0 = none
 
   bool operator==(const TensorFormat&) const = default;
 };
@@ -88,7 +92,9 @@ class BlockLayout {
   // Head dims are multiples of 16 up to 512; group_channels divides head_dim and is a multiple of
   // 16 (or 0; channelwise: 0 or head_dim); slot_shared needs kHalf, one group and token parameters;
   // kByte needs token parameters; an unused class's width and class0_tokens don't matter.
-  // group_tokens is for channelwise K and a multiple of 16. Width 0 is for class 1 of both tensors,
+  // group_tokens is for channelwise K and a multiple of 16. wide_channels is for channelwise K
+  // whose classes all have codes, a multiple of 16 below head_dim, and excludes reordered, rank and
+  // outliers. Width 0 is for class 1 of both tensors,
   // with the same class 0. rank and outliers need one class in both tensors and at most 65536
   // tokens; outliers at most n_tokens (K) or head_dim (V).
   static bool is_valid(const BlockShape& shape);
@@ -110,8 +116,13 @@ class BlockLayout {
   // Slots of a class: [first_slot, first_slot + class_tokens).
   std::uint32_t class_tokens(Tensor t, int cls) const;
   std::uint32_t first_slot(Tensor t, int cls) const;
-  std::uint32_t n_groups(Tensor t) const;  // channel groups per head (1 for channelwise)
+  // Channel groups per head: 1 for channelwise, or 2 where it has wide channels.
+  std::uint32_t n_groups(Tensor t) const;
+  std::uint32_t first_channel(Tensor t, std::uint32_t group) const;  // in stored order
+  std::uint32_t group_channels(Tensor t, std::uint32_t group) const;
+  // Of all groups. REQUIRES: no wide channels.
   std::uint32_t group_channels(Tensor t) const;
+  int code_bits(Tensor t, int cls, std::uint32_t group) const;
   std::uint32_t n_token_groups(Tensor t, int cls) const;  // channelwise; 1 unless group_tokens
   std::uint32_t group_tokens(Tensor t, int cls) const;    // of all but the last such group
 
@@ -121,7 +132,7 @@ class BlockLayout {
 
   // Byte offsets from the start of the block.
   std::size_t codes(Tensor t, std::uint32_t head, int cls, std::uint32_t group) const;
-  std::size_t codes_size(Tensor t, int cls) const;  // bytes of one such matrix
+  std::size_t codes_size(Tensor t, int cls, std::uint32_t group) const;  // bytes of such a matrix
   // All parameters of a tensor in a head but those shared over the heads.
   std::size_t params(Tensor t, std::uint32_t head) const;
   std::size_t params_size(Tensor t) const { return offsets(t).params_size; }
@@ -141,6 +152,8 @@ class BlockLayout {
   std::size_t token_base(Tensor t, std::uint32_t head) const;
   // Reordered: u16 order[head_dim]; stored channel p is channel order[p].
   std::size_t channel_order(Tensor t, std::uint32_t head) const;
+  // Wide channels: bit c % 8 of byte c / 8 of head_dim bits is set if channel c is one.
+  std::size_t wide_mask(Tensor t, std::uint32_t head) const;
   // fp16 token[rank][n_tokens], then fp16 channel[rank][head_dim]: the term is their product.
   std::size_t low_rank(Tensor t, std::uint32_t head) const;
   // n vectors (channels of K, tokens of V) of tensor(t).outliers each: u16 place[n][outliers] (a
@@ -161,8 +174,8 @@ class BlockLayout {
   // Where a tensor's parts are within a head's codes and within a head's parameters.
   struct TensorOffsets {
     std::array<std::size_t, 2> class_codes{};
-    std::array<std::size_t, 2> group_codes_size{};
-    std::size_t params = 0;  // channel parameters
+    std::array<std::array<std::size_t, 2>, 2> group_codes_size{};  // class, wide channels or others
+    std::size_t params = 0;                                        // channel parameters
     std::size_t params_size = 0;
     std::array<std::size_t, 2> class_params{};
     std::size_t token_params = 0;  // from the block start if slot_shared
@@ -174,6 +187,7 @@ class BlockLayout {
   };
   const TensorOffsets& offsets(Tensor t) const { return t == Tensor::kKey ? key_ : value_; }
   TensorOffsets place_in_head(Tensor t);
+  std::size_t matrix_size(Tensor t, int cls, std::uint32_t group) const;
   void place_token_params(Tensor t, TensorOffsets* offsets);
   void place_corrections(Tensor t, TensorOffsets* offsets);
   void place_shared_params(Tensor t, TensorOffsets* offsets);
@@ -216,10 +230,15 @@ void write_tiers(const BlockLayout& layout, std::byte* block, std::uint32_t head
 void slot_order(const BlockLayout& layout, const std::byte* block, std::uint32_t head,
                 std::uint32_t* order);
 
-// Channels of a head in stored order; 0, 1, 2, ... unless the tensor is reordered. `order` is
-// head_dim long.
+// Channels of a head in stored order: wide channels, then the others, each ascending; 0, 1, 2, ...
+// where there are none, unless the tensor is reordered. `order` is head_dim long.
+// REQUIRES: the wide mask has as many bits as the layout says.
 void channel_order(const BlockLayout& layout, const std::byte* block, Tensor t, std::uint32_t head,
                    std::uint16_t* order);
+
+// Writes which channels of a head are wide: `wide` is wide_channels long, in any order.
+void write_wide_mask(const BlockLayout& layout, std::byte* block, Tensor t, std::uint32_t head,
+                     const std::uint16_t* wide);
 
 // Copies a tensor's codes and parameters of a head. REQUIRES: both layouts have the same format for
 // it, the same tokens, heads and dims.
@@ -227,7 +246,7 @@ void copy_tensor(const BlockLayout& from, const std::byte* block, const BlockLay
                  std::byte* out, Tensor t, std::uint32_t head);
 
 // Whether a block from outside (a snapshot) can be used safely: every head has the layout's tier
-// counts, every fp16 parameter is finite, and every stored place exists.
+// and wide channel counts, every fp16 parameter is finite, and every stored place exists.
 bool is_sound(const BlockLayout& layout, const std::byte* block);
 
 }  // namespace zipcache::format

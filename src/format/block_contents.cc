@@ -18,6 +18,10 @@ constexpr float kLargestHalf = 65504.0f;
 constexpr int kDroppedMantissaBits = 23 - 4;
 constexpr std::int32_t kExponentBias = (127 - 15) << 4;
 
+bool is_wide(const std::byte* mask, std::uint32_t channel) {
+  return (std::to_integer<unsigned>(mask[channel / 8]) >> (channel % 8) & 1u) != 0;
+}
+
 std::array<std::uint32_t, 4> count_tiers(const std::vector<std::uint8_t>& tiers) {
   std::array<std::uint32_t, 4> counts{};
   for (const std::uint8_t tier : tiers) {
@@ -96,6 +100,16 @@ bool has_sound_corrections(const BlockLayout& layout, const std::byte* block, Te
     channel_order(layout, block, t, head, order.data());
     std::iota(sorted.begin(), sorted.end(), std::uint16_t{0});
     if (!std::is_permutation(order.begin(), order.end(), sorted.begin())) {
+      return false;
+    }
+  }
+  if (f.wide_channels > 0) {
+    const std::byte* mask = block + layout.wide_mask(t, head);
+    std::uint32_t n_wide = 0;
+    for (std::uint32_t c = 0; c < layout.head_dim(t); ++c) {
+      n_wide += is_wide(mask, c) ? 1 : 0;
+    }
+    if (n_wide != f.wide_channels) {
       return false;
     }
   }
@@ -196,19 +210,39 @@ void copy_tensor(const BlockLayout& from, const std::byte* block, const BlockLay
   ZC_CHECK(from.tensor(t) == to.tensor(t) && !from.tensor(t).slot_shared);
   ZC_CHECK(from.params_size(t) == to.params_size(t));
   for (int cls = 0; cls < from.tensor(t).n_classes; ++cls) {
-    std::memcpy(out + to.codes(t, head, cls, 0), block + from.codes(t, head, cls, 0),
-                from.n_groups(t) * from.codes_size(t, cls));
+    for (std::uint32_t group = 0; group < from.n_groups(t); ++group) {
+      std::memcpy(out + to.codes(t, head, cls, group), block + from.codes(t, head, cls, group),
+                  from.codes_size(t, cls, group));
+    }
   }
   std::memcpy(out + to.params(t, head), block + from.params(t, head), from.params_size(t));
 }
 
 void channel_order(const BlockLayout& layout, const std::byte* block, Tensor t, std::uint32_t head,
                    std::uint16_t* order) {
+  const std::uint32_t n_channels = layout.head_dim(t);
   if (layout.tensor(t).reordered) {
-    std::memcpy(order, block + layout.channel_order(t, head),
-                layout.head_dim(t) * sizeof(std::uint16_t));
+    std::memcpy(order, block + layout.channel_order(t, head), n_channels * sizeof(std::uint16_t));
+  } else if (layout.tensor(t).wide_channels > 0) {
+    const std::byte* mask = block + layout.wide_mask(t, head);
+    for (const bool wide : {true, false}) {
+      for (std::uint32_t c = 0; c < n_channels; ++c) {
+        if (is_wide(mask, c) == wide) {
+          *order++ = static_cast<std::uint16_t>(c);
+        }
+      }
+    }
   } else {
-    std::iota(order, order + layout.head_dim(t), std::uint16_t{0});
+    std::iota(order, order + n_channels, std::uint16_t{0});
+  }
+}
+
+void write_wide_mask(const BlockLayout& layout, std::byte* block, Tensor t, std::uint32_t head,
+                     const std::uint16_t* wide) {
+  std::byte* mask = block + layout.wide_mask(t, head);
+  std::fill_n(mask, layout.head_dim(t) / 8, std::byte{0});
+  for (std::uint32_t i = 0; i < layout.tensor(t).wide_channels; ++i) {
+    mask[wide[i] / 8] |= std::byte{1} << (wide[i] % 8);
   }
 }
 

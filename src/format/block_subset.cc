@@ -91,15 +91,15 @@ void copy_bytes(const std::byte* from, std::byte* to, std::size_t bytes) {
 void copy_codes(const BlockLayout& layout, const std::byte* block, const BlockLayout& to,
                 std::byte* out, Tensor t, std::uint32_t head, int cls, std::uint32_t group,
                 std::span<const std::uint32_t> slots) {
-  const int bits = layout.tensor(t).bits[static_cast<std::size_t>(cls)];
-  const std::size_t channels = layout.group_channels(t);
+  const int bits = layout.code_bits(t, cls, group);
+  const std::size_t channels = layout.group_channels(t, group);
   const std::size_t n_old = layout.class_tokens(t, cls), n_new = slots.size();
   const bool tokens_are_lanes = t == Tensor::kKey;
   std::vector<std::uint8_t> old(n_old * channels), chosen(n_new * channels);
   const auto lanes = [&](std::size_t n) { return tokens_are_lanes ? n : channels; };
   const auto inner = [&](std::size_t n) { return tokens_are_lanes ? channels : n; };
   unpack_codes(bits, lanes(n_old), inner(n_old),
-               {block + layout.codes(t, head, cls, group), layout.codes_size(t, cls)}, old);
+               {block + layout.codes(t, head, cls, group), layout.codes_size(t, cls, group)}, old);
   for (std::size_t token = 0; token < n_new; ++token) {
     for (std::size_t channel = 0; channel < channels; ++channel) {
       const auto at = [&](std::size_t n, std::size_t index) {
@@ -109,7 +109,7 @@ void copy_codes(const BlockLayout& layout, const std::byte* block, const BlockLa
     }
   }
   pack_codes(bits, lanes(n_new), inner(n_new), chosen,
-             {out + to.codes(t, head, cls, group), to.codes_size(t, cls)});
+             {out + to.codes(t, head, cls, group), to.codes_size(t, cls, group)});
 }
 
 // Two planes, one number per slot in each.
@@ -132,13 +132,17 @@ void copy_channel_params(const BlockLayout& layout, const std::byte* block, cons
   const TensorFormat& format = layout.tensor(t);
   for (int cls = 0; cls < format.n_classes; ++cls) {
     const std::size_t half_plane = layout.head_dim(t) * sizeof(Half);
-    if (format.granularity == Granularity::kChannelwise) {
+    if (format.granularity == Granularity::kChannelwise && to.class_tokens(t, cls) > 0) {
       copy_bytes(block + layout.channel_scale_min(t, head, cls),
                  out + to.channel_scale_min(t, head, cls), 2 * half_plane);
     } else if (format.granularity == Granularity::kChannelSeparable) {
       copy_bytes(block + layout.channel_factor(t, head, cls), out + to.channel_factor(t, head, cls),
                  half_plane);
     }
+  }
+  if (format.wide_channels > 0) {
+    copy_bytes(block + layout.wide_mask(t, head), out + to.wide_mask(t, head),
+               layout.head_dim(t) / 8);
   }
   if (format.token_params == TokenParams::kByte) {
     copy_bytes(block + layout.token_base(t, head), out + to.token_base(t, head),

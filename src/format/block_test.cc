@@ -60,6 +60,16 @@ BlockShape random_shape(Philox& random) {
     s.key.outliers = static_cast<std::uint16_t>(random.below(std::min(s.n_tokens, 6u) + 1));
     s.value.outliers = static_cast<std::uint16_t>(random.below(6));
   }
+  TensorFormat& key = s.key;
+  if (key.granularity == Granularity::kChannelwise && s.key_dim > 16 && random.below(2) == 0) {
+    key.reordered = false;
+    key.rank = 0;
+    key.outliers = 0;
+    key.wide_channels = static_cast<std::uint16_t>(16 * (1 + random.below(s.key_dim / 16 - 1)));
+    key.wide_bits = 8;
+    const bool has_codes = BlockLayout::is_valid(s);  // in all classes
+    key.wide_channels = has_codes ? key.wide_channels : std::uint16_t{0};
+  }
   return s;
 }
 
@@ -86,12 +96,13 @@ Sections code_sections(const BlockLayout& l) {
       for (int cls = 0; cls < l.tensor(t).n_classes; ++cls) {
         for (std::uint32_t group = 0; group < l.n_groups(t); ++group) {
           EXPECT_EQ(l.codes(t, head, cls, group) % 64, 0u);
-          const std::size_t tokens = l.class_tokens(t, cls), channels = l.group_channels(t);
-          const int bits = l.tensor(t).bits[cls];
-          EXPECT_EQ(l.codes_size(t, cls), t == Tensor::kKey
-                                              ? expected_matrix_bytes(bits, tokens, channels)
-                                              : expected_matrix_bytes(bits, channels, tokens));
-          add(&s, l.codes(t, head, cls, group), l.codes_size(t, cls));
+          const std::size_t tokens = l.class_tokens(t, cls);
+          const std::size_t channels = l.group_channels(t, group);
+          const int bits = l.code_bits(t, cls, group);
+          EXPECT_EQ(l.codes_size(t, cls, group),
+                    t == Tensor::kKey ? expected_matrix_bytes(bits, tokens, channels)
+                                      : expected_matrix_bytes(bits, channels, tokens));
+          add(&s, l.codes(t, head, cls, group), l.codes_size(t, cls, group));
         }
       }
     }
@@ -108,12 +119,15 @@ Sections param_sections(const BlockLayout& l) {
       if (f.reordered) {
         add(&s, l.channel_order(t, head), 2 * l.head_dim(t));
       }
+      if (f.wide_channels > 0) {
+        add(&s, l.wide_mask(t, head), l.head_dim(t) / 8);
+      }
       add(&s, l.low_rank(t, head), 2 * f.rank * (l.shape().n_tokens + l.head_dim(t)));
       add(&s, l.outliers(t, head), std::size_t{4} * l.outlier_vectors(t) * f.outliers);
       if (f.granularity == Granularity::kChannelwise) {
         for (int cls = 0; cls < f.n_classes; ++cls) {
           const std::uint32_t groups = l.n_token_groups(t, cls);
-          EXPECT_EQ(groups > 0, is_code_width(f.bits[cls]));
+          EXPECT_EQ(groups > 0, is_code_width(f.bits[cls]) && l.class_tokens(t, cls) > 0);
           for (std::uint32_t group = 0; group < groups; ++group) {
             add(&s, l.channel_scale_min(t, head, cls, group), 4 * l.head_dim(t));
           }
@@ -433,6 +447,21 @@ TEST(Soundness, FindsForeignTiersAndParameters) {
     EXPECT_TRUE(is_sound(p, bytes.data()));
     bytes[p.outliers(Tensor::kKey, 0) + 2] = std::byte{20};
     EXPECT_FALSE(is_sound(p, bytes.data())) << "there is no token 20";
+  }
+  {
+    BlockShape wide{20, 1, 32, 16, {}, {}};
+    wide.key.wide_channels = 16;
+    const BlockLayout w(wide);
+    std::vector<std::byte> bytes(w.total_bytes());
+    EXPECT_FALSE(is_sound(w, bytes.data())) << "no channel is wide";
+    bytes[w.wide_mask(Tensor::kKey, 0)] = bytes[w.wide_mask(Tensor::kKey, 0) + 2] = std::byte{0xff};
+    EXPECT_TRUE(is_sound(w, bytes.data()));
+    std::vector<std::uint16_t> order(32);
+    channel_order(w, bytes.data(), Tensor::kKey, 0, order.data());
+    EXPECT_EQ(order[7], 7u);
+    EXPECT_EQ(order[8], 16u);
+    EXPECT_EQ(order[16], 8u);
+    EXPECT_EQ(order[31], 31u);
   }
   std::vector<std::uint32_t> order(20);
   EXPECT_THROW(slot_order(l, block.data(), 1, order.data()), ContractViolation);

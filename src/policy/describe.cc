@@ -13,7 +13,7 @@ std::string per_class(const TensorPolicy& tensor, const std::string& class0,
 }
 
 // "channelwise 4/3 bits (30 % salient, clip 1/0.9)"
-std::string describe_tensor(const TensorPolicy& tensor) {
+std::string describe_tensor(const TensorPolicy& tensor, bool has_budget) {
   std::string text(name_of(kGranularities, tensor.granularity));
   if (tensor.group_channels != 0) {
     text += " by " + std::to_string(tensor.group_channels);
@@ -23,8 +23,13 @@ std::string describe_tensor(const TensorPolicy& tensor) {
   }
   text += " " + per_class(tensor, std::to_string(tensor.bits[0]), std::to_string(tensor.bits[1])) +
           " bits (";
-  if (tensor.n_classes == 2) {
+  if (tensor.n_classes == 2 && !has_budget) {
     text += percent_text(tensor.salient_bp) + " % salient, ";
+  }
+  if (tensor.wide_bp > 0 ||
+      (has_budget && tensor.granularity == format::Granularity::kChannelwise)) {
+    text += (has_budget ? "some" : percent_text(tensor.wide_bp) + " %") + " of channels " +
+            std::to_string(tensor.wide_bits) + " bits, ";
   }
   const auto& clip = tensor.rules.clip;
   text += "clip " + per_class(tensor, float_text(clip[0]), float_text(clip[1]));
@@ -71,8 +76,12 @@ std::string describe(const Policy& policy) {
   }
   const auto mode = policy.settings.find("mode");
   text += mode == policy.settings.end() ? "" : " " + mode->second;
-  text += ": K " + describe_tensor(policy.key) + ", V " + describe_tensor(policy.value) + "; " +
-          describe_schedule(policy);
+  const bool budget = policy.kv_centibits > 0;
+  if (budget) {
+    text += " of at most " + percent_text(policy.kv_centibits) + " bits";
+  }
+  text += ": K " + describe_tensor(policy.key, budget) + ", V " +
+          describe_tensor(policy.value, budget) + "; " + describe_schedule(policy);
   if (policy.settings.contains("metric")) {
     text += "; metric " + std::string(name_of(kMetrics, policy.metric)) + ", probes " +
             std::string(name_of(kProbeRules, policy.probes)) + ", seed " +

@@ -44,10 +44,10 @@ TEST(MakePolicy, DefaultMode) {
   EXPECT_EQ(policy.key.granularity, Granularity::kChannelwise);
   EXPECT_EQ(policy.key.token_params, TokenParams::kHalf);  // the only ones that a channelwise K has
   EXPECT_EQ(policy.key.n_classes, 2);
-  EXPECT_EQ(policy.key.bits, (Bits{4, 3}));
-  EXPECT_EQ(policy.key.salient_bp, 3000u);
+  EXPECT_EQ(policy.key.bits, (Bits{4, 2}));
+  EXPECT_EQ(policy.key.salient_bp, 2000u);
   EXPECT_EQ(policy.key.class_multiple, 16u);
-  EXPECT_EQ(policy.key.rules.clip, (Clip{1.0f, 0.9f}));
+  EXPECT_EQ(policy.key.rules.clip, (Clip{1.0f, 0.7f}));
   EXPECT_EQ(policy.key.rules.rounding, quant::Rounding::kFloatMin);
 
   EXPECT_EQ(policy.value.granularity, Granularity::kChannelSeparable);
@@ -292,7 +292,7 @@ TEST(MakePolicy, HeldTokensFillUpTheSinks) {
 TEST(MakePolicyErrors, UnknownSettings) {
   EXPECT_EQ(error_of({{"key-bitz", "4"}})
                 .find("unknown setting 'key-bitz'; did you mean "
-                      "'key-bits'? known: policy, mode, key-bits, "),
+                      "'key-bits'? known: policy, mode, kv-bits, "),
             0u);
   EXPECT_EQ(error_of({{"KEY_BITS", "4"}}).find("unknown setting 'KEY_BITS'; known: "), 0u);
   EXPECT_EQ(error_of({{"x", "4"}}).find("unknown setting 'x'; known: "), 0u);
@@ -358,6 +358,31 @@ TEST(MakePolicyErrors, Numbers) {
             "group: found '40', accepted: 16..512 in steps of 16");
 }
 
+TEST(MakePolicyErrors, Budget) {
+  for (const char* text : {"2.19", "4.01", "3.005", "-3", "", "three"}) {
+    EXPECT_EQ(error_of({{"kv-bits", text}}),
+              "kv-bits: found '" + std::string(text) +
+                  "', accepted: 0 or 2.2..4 with up to two decimals");
+  }
+  EXPECT_EQ(error_of({{"kv-bits", "3"}, {"key-wide", "25"}}),
+            "key-wide: found '25', but kv-bits chooses it");
+  EXPECT_EQ(error_of({{"kv-bits", "3"}, {"value-salient", "25"}}),
+            "value-salient: found '25', but kv-bits chooses it");
+  EXPECT_EQ(error_of({{"kv-bits", "3"}, {"value-bits", "3"}}),
+            "kv-bits: found '3', but key-bits or value-bits gives all tokens the same width");
+  EXPECT_EQ(error_of({{"kv-bits", "3"}, {"mode", "paper"}}),
+            "kv-bits: found '3', but the widths of mode 'paper' are those of the publication");
+  EXPECT_EQ(error_of({{"key-wide", "0"}, {"key-wide-bits", "4"}}),
+            "key-wide-bits: found '4', but key-wide 0 leaves no channels for them");
+}
+
+TEST(MakePolicy, OnlyTwoBitKeysHaveWideChannels) {
+  EXPECT_EQ(policy_of({}).key.wide_bp, 5000u);
+  EXPECT_EQ(policy_of({{"key-bits", "4,3"}}).key.wide_bp, 0u);
+  EXPECT_EQ(policy_of({{"key-bits", "8"}}).key.wide_bp, 0u);
+  EXPECT_EQ(policy_of({{"mode", "paper"}}).key.wide_bp, 0u);
+}
+
 TEST(MakePolicyErrors, SettingsThatDoNotApply) {
   EXPECT_EQ(error_of({{"policy", "fp16"}, {"key-salient", "30"}}),
             "key-salient: does not apply to policy 'fp16', which takes policy");
@@ -414,14 +439,16 @@ TEST(SettingHelp, NamesEverySettingOnce) {
     const std::string error = error_of({{help.name, "no such value"}});
     EXPECT_EQ(error.find(help.name + ": "), 0u) << error;
   }
-  EXPECT_EQ(
-      names,
-      (std::set<std::string>{
-          "policy",   "mode",       "key-bits",    "value-bits", "key-salient", "value-salient",
-          "key-clip", "value-clip", "granularity", "group",      "residual",    "value-params",
-          "sinks",    "hold",       "seal",        "block",      "heavy",       "recent",
-          "balancer", "rank",       "outliers",    "metric",     "probes",      "probe-positions",
-          "seed"}));
+  EXPECT_EQ(names, (std::set<std::string>{"policy",     "mode",          "kv-bits",
+                                          "key-wide",   "key-wide-bits", "key-bits",
+                                          "value-bits", "key-salient",   "value-salient",
+                                          "key-clip",   "value-clip",    "granularity",
+                                          "group",      "residual",      "value-params",
+                                          "sinks",      "hold",          "seal",
+                                          "block",      "heavy",         "recent",
+                                          "balancer",   "rank",          "outliers",
+                                          "metric",     "probes",        "probe-positions",
+                                          "seed"}));
 }
 
 TEST(PolicyHelp, NamesEveryPolicyAndItsDefaults) {
@@ -434,7 +461,7 @@ TEST(PolicyHelp, NamesEveryPolicyAndItsDefaults) {
     }
   }
   EXPECT_EQ(policy_help().front().name, "zipcache");
-  EXPECT_EQ(policy_help().front().defaults.at("key-bits"), "4,3");
+  EXPECT_EQ(policy_help().front().defaults.at("key-bits"), "4,2");
   EXPECT_TRUE(names.contains("zipcache mode=official"));
 }
 
@@ -457,9 +484,13 @@ TEST(PolicyHelp, ListedSettingsAreThoseThatAreRead) {
 
 TEST(Describe, OneLine) {
   EXPECT_EQ(describe(policy_of({})),
-            "zipcache default: K channelwise 4/3 bits (30 % salient, clip 1/0.9), V "
-            "channel-separable 3/2 bits (50 % salient, clip 1/0.75, byte params); 4 sinks, hold "
-            "28, seal 64 in blocks of 512; metric normalized, probes default, seed 0");
+            "zipcache default: K channelwise 4/2 bits (20 % salient, 50 % of channels 4 bits, clip "
+            "1/0.7), V channel-separable 3/2 bits (50 % salient, clip 1/0.75, byte params); 4 "
+            "sinks, hold 28, seal 64 in blocks of 512; metric normalized, probes default, seed 0");
+  EXPECT_EQ(describe(policy_of({{"kv-bits", "2.75"}})),
+            "zipcache default of at most 2.75 bits: K channelwise 4/2 bits (some of channels 4 "
+            "bits, clip 1/0.7), V channel-separable 3/2 bits (clip 1/0.75, byte params); 4 sinks, "
+            "hold 28, seal 64 in blocks of 512; metric normalized, probes default, seed 0");
   EXPECT_EQ(describe(policy_of({{"policy", "uniform"}, {"granularity", "groupwise"}})),
             "uniform: K tokenwise by 32 4 bits (clip 1, half params), V tokenwise by 32 4 bits "
             "(clip 1, half params); 0 sinks, hold 32, seal 64 in blocks of 512");
@@ -468,6 +499,8 @@ TEST(Describe, OneLine) {
 TEST(ToSettings, MakesTheSamePolicyAgain) {
   const std::vector<Settings> all_settings = {
       {},
+      {{"kv-bits", "2.6"}},
+      {{"key-wide", "50"}, {"key-wide-bits", "8"}},
       {{"policy", "fp16"}},
       {{"policy", "uniform"}},
       {{"policy", "uniform"}, {"granularity", "channelwise+tokenwise"}, {"value-params", "byte"}},

@@ -32,8 +32,10 @@ struct TensorPolicy {
   std::uint16_t group_channels = 0;  // 0 = head_dim
   std::uint8_t n_classes = 1;
   std::array<std::uint8_t, 2> bits{4, 2};
-  std::uint32_t salient_bp = 10000;   // share of tokens in class 0, basis points
-  std::uint32_t class_multiple = 1;   // class 0 counts are rounded to this
+  std::uint32_t salient_bp = 10000;  // share of tokens in class 0, basis points
+  std::uint32_t class_multiple = 1;  // class 0 counts are rounded to this
+  std::uint32_t wide_bp = 0;         // keys: share of a head's channels that have wide_bits
+  std::uint8_t wide_bits = 4;
   std::uint16_t group_tokens = 0;     // channelwise: tokens that share a scale, 0 = the block's
   std::uint8_t rank = 0;              // of the low-rank term
   std::uint8_t small_block_rank = 0;  // the same in blocks of up to small_block_tokens
@@ -49,6 +51,10 @@ struct Policy {
   bool keeps_exact = false;  // nothing is ever sealed; the rest does not matter
   TensorPolicy key;
   TensorPolicy value;
+
+  // > 0: of each block, salient_bp and key.wide_bp are what makes it take at most this many
+  // hundredths of a bit per element, everything in it counted.
+  std::uint32_t kv_centibits = 0;
 
   // When tokens are sealed. Of each sequence the first `sink_tokens` never are, the newest
   // `hold_tokens` not yet; the others are once at least `seal_tokens` of them are staged (with
@@ -112,7 +118,7 @@ Expected<Policy> make_policy(const std::map<std::string, std::string>& settings)
 // make_policy(to_settings(policy)) is the same policy: what a result file records.
 std::map<std::string, std::string> to_settings(const Policy& policy);
 
-// One line for logs: "zipcache default: K channelwise 4/3 bits (30 % salient, clip 1/0.9), V ..."
+// One line for logs: "zipcache default: K channelwise 4/2 bits (20 % salient, ...), V ..."
 std::string describe(const Policy& policy);
 
 // Shape of the block that seals n_tokens under this policy, with exact values if these are still
@@ -122,6 +128,12 @@ std::string describe(const Policy& policy);
 format::BlockShape block_shape(const Policy& policy, std::uint32_t n_tokens,
                                std::uint32_t n_kv_heads, std::uint32_t key_dim,
                                std::uint32_t value_dim, bool hold_values = false);
+
+// The least hundredths of a bit per element that a block of these tokens can be told to take by
+// kv_centibits, rounded up.
+std::uint32_t least_centibits(const Policy& policy, std::uint32_t n_tokens,
+                              std::uint32_t n_kv_heads, std::uint32_t key_dim,
+                              std::uint32_t value_dim);
 
 // Of `n_sealable` staged tokens of a sequence (sinks and held ones not counted), how many to seal
 // after a step that added `n_new` tokens to it, as block sizes in order, oldest tokens first; empty

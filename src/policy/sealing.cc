@@ -15,6 +15,13 @@ std::uint16_t outlier_count(std::uint32_t length, std::uint32_t share_bp) {
   return static_cast<std::uint16_t>(std::min<std::uint64_t>(2 * half, length / 2 * 2));
 }
 
+// As many as the share asks for, in steps of 16 that leave some for either width.
+std::uint16_t wide_channels(std::uint32_t head_dim, std::uint32_t share_bp) {
+  constexpr std::uint32_t kStep = 16, kWhole = 10000 * kStep;
+  const std::uint32_t steps = (head_dim * share_bp + kWhole / 2) / kWhole;
+  return static_cast<std::uint16_t>(kStep * std::min(steps, head_dim / kStep - 1));
+}
+
 // `vector`: elements of a channel of K, or of a token of V.
 format::TensorFormat tensor_format(const Policy& policy, const TensorPolicy& tensor,
                                    std::uint32_t n_tokens, std::uint32_t vector) {
@@ -37,6 +44,42 @@ format::TensorFormat tensor_format(const Policy& policy, const TensorPolicy& ten
                                                                       tensor.class_multiple);
   }
   return format;
+}
+
+// What a budget is spent on, in this order: the shares that each further bit of a block goes to, by
+// what it is worth (decision 0006).
+struct Shares {
+  std::uint32_t key_wide_bp, key_salient_bp, value_salient_bp;
+};
+constexpr std::array<Shares, 7> kSpending{{
+    {0, 0, 0},
+    {2500, 0, 0},
+    {2500, 1500, 0},
+    {2500, 2000, 3500},
+    {2500, 3000, 5000},
+    {5000, 3000, 5000},
+    {5000, 10000, 10000},
+}};
+constexpr std::uint32_t kStageSteps = 128;  // per line of the table
+constexpr std::uint32_t kSpendingSteps = kStageSteps * (kSpending.size() - 1);
+
+void spend(Policy& policy, std::uint32_t step) {
+  const std::size_t stage = std::min<std::size_t>(step / kStageSteps, kSpending.size() - 2);
+  const std::uint32_t within = step - static_cast<std::uint32_t>(stage) * kStageSteps;
+  const Shares &from = kSpending[stage], &to = kSpending[stage + 1];
+  const auto between = [within](std::uint32_t a, std::uint32_t b) {
+    return a + (b - a) * within / kStageSteps;
+  };
+  policy.key.wide_bp = between(from.key_wide_bp, to.key_wide_bp);
+  policy.key.salient_bp = between(from.key_salient_bp, to.key_salient_bp);
+  policy.value.salient_bp = between(from.value_salient_bp, to.value_salient_bp);
+}
+
+std::uint32_t centibits(const format::BlockShape& shape) {
+  const std::uint64_t elements =
+      std::uint64_t{shape.n_tokens} * shape.n_kv_heads * (shape.key_dim + shape.value_dim);
+  const std::uint64_t bits = format::BlockLayout(shape).total_bytes() * 8;
+  return static_cast<std::uint32_t>((bits * 100 + elements - 1) / elements);
 }
 
 // n tokens (a multiple of seal_multiple) in blocks that differ by one multiple at most, larger ones
@@ -67,13 +110,38 @@ format::BlockShape block_shape(const Policy& policy, std::uint32_t n_tokens,
   shape.n_kv_heads = n_kv_heads;
   shape.key_dim = key_dim;
   shape.value_dim = value_dim;
-  shape.key = tensor_format(policy, policy.key, n_tokens, n_tokens);
-  shape.value = tensor_format(policy, policy.value, n_tokens, value_dim);
+  const auto set_formats = [&](const Policy& with) {
+    shape.key = tensor_format(with, with.key, n_tokens, n_tokens);
+    shape.key.wide_channels = wide_channels(key_dim, with.key.wide_bp);
+    shape.key.wide_bits = with.key.wide_bits;
+    shape.value = tensor_format(with, with.value, n_tokens, value_dim);
+  };
+  set_formats(policy);
+  if (policy.kv_centibits > 0) {
+    Policy spending = policy;
+    std::uint32_t step = 0, too_much = kSpendingSteps + 1;
+    while (step + 1 < too_much) {
+      const std::uint32_t middle = (step + too_much) / 2;
+      spend(spending, middle);
+      set_formats(spending);
+      (centibits(shape) <= policy.kv_centibits ? step : too_much) = middle;
+    }
+    spend(spending, step);
+    set_formats(spending);
+  }
   if (hold_values) {
     shape.value = {.granularity = format::Granularity::kTokenwise,
                    .bits = {format::kExactBits, format::kExactBits}};
   }
   return shape;
+}
+
+std::uint32_t least_centibits(const Policy& policy, std::uint32_t n_tokens,
+                              std::uint32_t n_kv_heads, std::uint32_t key_dim,
+                              std::uint32_t value_dim) {
+  Policy least = policy;
+  least.kv_centibits = 1;
+  return centibits(block_shape(least, n_tokens, n_kv_heads, key_dim, value_dim));
 }
 
 std::vector<std::uint32_t> plan_seal(const Policy& policy, std::uint32_t n_sealable,

@@ -108,8 +108,9 @@ TEST(BlockShape, DefaultRoundsClassesToWholeLanes) {
   EXPECT_EQ(shape.value_dim, 128u);
   EXPECT_EQ(shape.key, (format::TensorFormat{.granularity = format::Granularity::kChannelwise,
                                              .n_classes = 2,
-                                             .bits = {4, 3},
-                                             .class0_tokens = 80}));
+                                             .bits = {4, 2},
+                                             .class0_tokens = 48,
+                                             .wide_channels = 32}));
   EXPECT_EQ(shape.value,
             (format::TensorFormat{.granularity = format::Granularity::kChannelSeparable,
                                   .token_params = format::TokenParams::kByte,
@@ -167,6 +168,49 @@ TEST(BlockShape, GearRoundsOutliersAndLowersTheRankOfBuffers) {
   EXPECT_EQ(buffer.key.rank, 2);
   EXPECT_EQ(buffer.key.outliers, 0);  // 0.2
   EXPECT_EQ(block_shape(policy, 3, 8, 128, 16).value.outliers, 0);
+}
+
+double bits_per_element(const format::BlockShape& shape) {
+  return 8.0 * static_cast<double>(format::BlockLayout(shape).total_bytes()) /
+         (double(shape.n_tokens) * shape.n_kv_heads * (shape.key_dim + shape.value_dim));
+}
+
+TEST(BlockShape, ABudgetIsMetAndUsed) {
+  for (const std::uint32_t dim : {64u, 128u, 256u}) {
+    double last = 0;
+    for (const char* bits : {"2.6", "2.8", "3", "3.2", "3.5"}) {
+      const Policy policy = policy_of({{"kv-bits", bits}});
+      const double spent = bits_per_element(block_shape(policy, 512, 3, dim, dim));
+      EXPECT_LE(spent, std::stod(bits)) << dim;
+      EXPECT_GT(spent, std::stod(bits) - 0.16) << dim;  // 16 channels of 64 are 0.25 bit of a key
+      EXPECT_GT(spent, last);
+      last = spent;
+    }
+  }
+}
+
+TEST(BlockShape, ABudgetTooSmallForABlockBuysTheLeast) {
+  const Policy policy = policy_of({{"kv-bits", "2.2"}});
+  const std::uint32_t least = least_centibits(policy, 32, 3, 64, 64);
+  EXPECT_GT(least, 220u);
+  const format::BlockShape shape = block_shape(policy, 32, 3, 64, 64);
+  EXPECT_NEAR(bits_per_element(shape), least / 100.0, 0.01);
+  EXPECT_EQ(shape.key.wide_channels, 0);
+  EXPECT_EQ(shape.key.class0_tokens, 0u);
+  EXPECT_EQ(shape.value.class0_tokens, 0u);
+}
+
+TEST(BlockShape, WideChannelsComeBySixteen) {
+  const auto wide = [](const char* share, std::uint32_t dim) {
+    return block_shape(policy_of({{"key-wide", share}}), 256, 3, dim, dim).key.wide_channels;
+  };
+  EXPECT_EQ(wide("25", 64), 16);
+  EXPECT_EQ(wide("25", 256), 64);
+  EXPECT_EQ(wide("37", 64), 16);
+  EXPECT_EQ(wide("38", 64), 32);
+  EXPECT_EQ(wide("100", 64), 48) << "some are not wide";
+  EXPECT_EQ(wide("100", 16), 0);
+  EXPECT_EQ(wide("0", 64), 0);
 }
 
 TEST(BlockShape, Fp16HasNone) {

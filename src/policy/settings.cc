@@ -51,8 +51,9 @@ std::optional<std::vector<T>> parse_list(std::string_view text) {
   }
 }
 
-// "30" -> 3000, "12.5" -> 1250; nothing if malformed, over 100 or finer than 0.01.
-std::optional<std::uint32_t> parse_basis_points(std::string_view text) {
+// "30" -> 3000, "12.5" -> 1250: of percent, basis points; nothing if malformed, over 100 or finer
+// than 0.01.
+std::optional<std::uint32_t> parse_hundredths(std::string_view text) {
   const std::size_t point = text.find('.');
   const std::optional<std::uint32_t> whole = parse_number<std::uint32_t>(text.substr(0, point));
   if (!whole || *whole > 100) {
@@ -67,8 +68,8 @@ std::optional<std::uint32_t> parse_basis_points(std::string_view text) {
     }
     hundredths = decimals.size() == 1 ? *digits * 10 : *digits;
   }
-  const std::uint32_t basis_points = *whole * 100 + hundredths;
-  return basis_points <= 10000 ? std::optional(basis_points) : std::nullopt;
+  const std::uint32_t number = *whole * 100 + hundredths;
+  return number <= 10000 ? std::optional(number) : std::nullopt;
 }
 
 // Levenshtein distance.
@@ -132,14 +133,14 @@ std::string numbers_text(std::span<const T> numbers) {
 
 }  // namespace
 
-std::string percent_text(std::uint32_t basis_points) {
-  std::string text = std::to_string(basis_points / 100);
-  const std::uint32_t hundredths = basis_points % 100;
-  if (hundredths != 0) {
+std::string percent_text(std::uint32_t hundredths) {
+  std::string text = std::to_string(hundredths / 100);
+  const std::uint32_t decimals = hundredths % 100;
+  if (decimals != 0) {
     text += '.';
-    text += static_cast<char>('0' + hundredths / 10);
-    if (hundredths % 10 != 0) {
-      text += static_cast<char>('0' + hundredths % 10);
+    text += static_cast<char>('0' + decimals / 10);
+    if (decimals % 10 != 0) {
+      text += static_cast<char>('0' + decimals % 10);
     }
   }
   return text;
@@ -157,6 +158,9 @@ const std::vector<SettingHelp>& setting_words() {
        "what the cache does with its tokens: the table of policies"},
       {"mode", "default, paper, official",
        "where the defaults of zipcache come from: measured here, the paper, or the published code"},
+      {"kv-bits", "0 or 2.2..4, two decimals",
+       "bits per element that a block may take, parameters and masks included: chooses key-wide, "
+       "key-salient and value-salient, 0 leaves them alone; staged tokens come on top"},
       {"key-bits", "HI,LO or one width, of 2, 3, 4, 8; HI of mikv also 16",
        "bits of salient and of other keys"},
       {"value-bits", "HI,LO or one width, of 2, 3, 4, 8; HI of mikv also 16",
@@ -165,9 +169,14 @@ const std::vector<SettingHelp>& setting_words() {
       {"value-salient", "0..100 percent, two decimals",
        "share of the tokens whose values are salient"},
       {"key-clip", "HI,LO or one fraction, above 0 up to 1",
-       "range kept of each set of keys that shares a scale; in zipcache 0.9 for 3 bits, 0.7 for 2"},
+       "range kept of each set of keys that shares a scale; in zipcache 0.9 for 3 bits, 0.7 for 2, "
+       "and all of it for wide channels"},
       {"value-clip", "HI,LO or one fraction, above 0 up to 1",
        "range kept of each set of values that shares a scale; in zipcache 0.75 for 2 bits"},
+      {"key-wide", "0..100 percent, two decimals",
+       "share of a head's key channels, those that would err most, that have key-wide-bits; in "
+       "steps of 16 channels; 0 where no keys have 2 bits"},
+      {"key-wide-bits", "2, 3, 4 or 8", "bits of those channels, for all tokens"},
       {"granularity", "channelwise+cst, channelwise+tokenwise, tokenwise, groupwise",
        "what shares a scale, for keys and for values"},
       {"group", "16..512 in steps of 16",
@@ -261,6 +270,11 @@ void SettingReader::reject(std::string_view name, std::string_view expected) {
   }
 }
 
+void SettingReader::override(std::string_view name, std::string_view expected) {
+  reject(name, expected);
+  resolved_.erase(std::string(name));
+}
+
 std::uint32_t SettingReader::count(std::string_view name, const CountRange& range,
                                    std::uint32_t fallback) {
   resolve(name, std::to_string(fallback));
@@ -280,6 +294,25 @@ std::uint32_t SettingReader::count(std::string_view name, const CountRange& rang
        "accepted: " + std::string(range.or_zero ? "0 or " : "") + std::to_string(range.min) + ".." +
            std::to_string(range.max) +
            (range.step == 1 ? "" : " in steps of " + std::to_string(range.step)));
+  return fallback;
+}
+
+std::uint32_t SettingReader::hundredths(std::string_view name, const CountRange& range,
+                                        std::uint32_t fallback) {
+  resolve(name, percent_text(fallback));
+  const std::string* text = find(name);
+  if (text == nullptr) {
+    return fallback;
+  }
+  const std::optional<std::uint32_t> number = parse_hundredths(*text);
+  if (number &&
+      ((*number >= range.min && *number <= range.max) || (*number == 0 && range.or_zero))) {
+    resolve(name, percent_text(*number));
+    return *number;
+  }
+  fail(name, *text,
+       "accepted: " + std::string(range.or_zero ? "0 or " : "") + percent_text(range.min) + ".." +
+           percent_text(range.max) + " with up to two decimals");
   return fallback;
 }
 
@@ -303,7 +336,7 @@ std::uint32_t SettingReader::percent(std::string_view name, std::uint32_t fallba
   if (text == nullptr) {
     return fallback_bp;
   }
-  const std::optional<std::uint32_t> basis_points = parse_basis_points(*text);
+  const std::optional<std::uint32_t> basis_points = parse_hundredths(*text);
   if (!basis_points) {
     fail(name, *text, "accepted: percent from 0 to 100 with up to two decimals");
     return fallback_bp;

@@ -24,7 +24,7 @@ using Settings = std::map<std::string, std::string>;
 const std::vector<SettingHelp>& setting_words();
 
 // "30", "12.5", "0.05"
-std::string percent_text(std::uint32_t basis_points);
+std::string percent_text(std::uint32_t hundredths);
 // The shortest decimal that reads back as the same float.
 std::string float_text(float value);
 
@@ -56,6 +56,9 @@ class SettingReader {
   // Fails with "NAME: found 'TEXT', EXPECTED" if `name` is given.
   void reject(std::string_view name, std::string_view expected);
 
+  // The same, where another setting decides instead: the name is no longer in resolved().
+  void override(std::string_view name, std::string_view expected);
+
   template <typename T>
   T choice(std::string_view name, std::span<const Named<T>> choices, T fallback);
   template <typename T, std::size_t N>
@@ -63,6 +66,8 @@ class SettingReader {
     return choice(name, std::span<const Named<T>>(choices), fallback);
   }
   std::uint32_t count(std::string_view name, const CountRange& range, std::uint32_t fallback);
+  // As count(), of hundredths: "3.05" is 305.
+  std::uint32_t hundredths(std::string_view name, const CountRange& range, std::uint32_t fallback);
   std::uint64_t seed(std::string_view name, std::uint64_t fallback);
   // Percent with up to two decimals, as basis points.
   std::uint32_t percent(std::string_view name, std::uint32_t fallback_bp);

@@ -30,6 +30,28 @@ void read_tensor(SettingReader& in, const std::string& name, std::size_t max_cla
   tensor.rules.clip = in.clip(name + "-clip", tensor.n_classes, tensor.rules.clip);
 }
 
+void read_wide_channels(SettingReader& in, TensorPolicy& key) {
+  key.wide_bp = in.percent("key-wide", key.wide_bp);
+  if (key.wide_bp == 0) {
+    in.reject("key-wide-bits", "but key-wide 0 leaves no channels for them");
+    return;
+  }
+  key.wide_bits = in.bits("key-wide-bits", 1, {key.wide_bits}).front();
+}
+
+void read_budget(SettingReader& in, Policy& policy) {
+  policy.kv_centibits = in.hundredths("kv-bits", {.min = 220, .max = 400, .or_zero = true}, 0);
+  if (policy.kv_centibits == 0) {
+    return;
+  }
+  for (const std::string_view share : {"key-salient", "value-salient", "key-wide"}) {
+    in.override(share, "but kv-bits chooses it");
+  }
+  if (policy.key.n_classes != 2 || policy.value.n_classes != 2) {
+    in.reject("kv-bits", "but key-bits or value-bits gives all tokens the same width");
+  }
+}
+
 std::uint16_t read_group(SettingReader& in, std::string_view name, std::uint16_t fallback) {
   return static_cast<std::uint16_t>(in.count(name, {.min = 16, .max = 512, .step = 16}, fallback));
 }

@@ -17,6 +17,12 @@ inline constexpr std::uint32_t kFillWindow = UINT32_MAX;
 void read_tensor(SettingReader& in, const std::string& name, std::size_t max_classes,
                  float (*default_clip)(int bits), TensorPolicy& tensor, bool exact_high = false);
 
+// key-wide and key-wide-bits.
+void read_wide_channels(SettingReader& in, TensorPolicy& key);
+
+// kv-bits. REQUIRES: what it chooses was read.
+void read_budget(SettingReader& in, Policy& policy);
+
 // Channels that share a scale.
 std::uint16_t read_group(SettingReader& in, std::string_view name, std::uint16_t fallback);
 

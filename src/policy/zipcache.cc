@@ -22,12 +22,14 @@ float value_clip(int bits) { return bits == 2 ? 0.75f : 1.0f; }
 Policy default_preset() {
   Policy policy;
   policy.key.n_classes = policy.value.n_classes = 2;
-  policy.key.bits = {4, 3};
-  policy.key.salient_bp = 3000;
+  policy.key.bits = {4, 2};
+  policy.key.salient_bp = 2000;
+  policy.key.wide_bp = 5000;
   policy.key.class_multiple = 16;  // keys: lanes are tokens, 16 at a time
   policy.value.granularity = format::Granularity::kChannelSeparable;
   policy.value.token_params = format::TokenParams::kByte;
   policy.value.bits = {3, 2};
+  policy.value.rules.keep_length = true;
   policy.value.salient_bp = 5000;
   policy.value.class_multiple = 32;  // values: a word of a 1-bit plane holds 32 tokens
   policy.hold_tokens = kFillWindow;
@@ -61,11 +63,19 @@ Policy make(SettingReader& in) {
   const bool measured = mode == Mode::kDefault;
   Policy policy = measured ? default_preset() : published_preset(mode);
   read_tensor(in, "key", 2, measured ? key_clip : nullptr, policy.key);
+  policy.key.wide_bp = policy.key.bits[1] == 2 ? policy.key.wide_bp : 0;
+  read_wide_channels(in, policy.key);
   read_tensor(in, "value", 2, measured ? value_clip : nullptr, policy.value);
   policy.value.token_params = in.choice("value-params", kTokenParams, policy.value.token_params);
   if (policy.value.slot_shared && policy.value.token_params != format::TokenParams::kHalf) {
     in.reject("value-params", "but mode '" + std::string(name_of(kModes, mode)) +
                                   "' shares them over the heads, which takes 'half'");
+  }
+  if (measured) {
+    read_budget(in, policy);
+  } else {
+    in.reject("kv-bits", "but the widths of mode '" + std::string(name_of(kModes, mode)) +
+                             "' are those of the publication");
   }
   read_schedule(in, policy);
   read_ranking(in, policy);
@@ -77,9 +87,9 @@ Policy make(SettingReader& in) {
 Method zipcache_method() {
   return {"zipcache",
           "more bits for salient tokens; measured best here",
-          {"mode", "key-bits", "value-bits", "key-salient", "value-salient", "key-clip",
-           "value-clip", "value-params", "sinks", "hold", "seal", "block", "metric", "probes",
-           "probe-positions", "seed"},
+          {"mode", "kv-bits", "key-bits", "value-bits", "key-salient", "value-salient", "key-clip",
+           "key-wide", "key-wide-bits", "value-clip", "value-params", "sinks", "hold", "seal",
+           "block", "metric", "probes", "probe-positions", "seed"},
           make,
           {{"paper", "the paper's text: 4 and 2 bits, 60 % salient"},
            {"official", "the published code: re-quantizes everything each time"}}};

@@ -23,11 +23,18 @@ struct TensorRules {
   // Per class: the range is shrunk about its centre to this fraction before the scale is computed
   // (1 = min-max), and with kByte then extended to hold 0. Codes are clamped.
   std::array<float, 2> clip{1.0f, 1.0f};
+  float wide_clip = 1.0f;  // of wide channels
+  // Token parameters: a token's scale and min are then stretched until its stored vector y has
+  // x . y = x . x. Clipping shortens vectors, and what all tokens lose alike does not average out.
+  bool keep_length = false;
   bool clip_about_zero = false;  // both ends are multiplied by the fraction instead (SKVQ)
 
   // What calibration or earlier steps give, for all heads [n_kv_heads, head_dim]; not owners.
   std::span<const float> given_factors{};          // required where the format says given_factors
   std::span<const std::uint16_t> channel_order{};  // required where it says reordered
+  // What squared errors of the channels weigh against each other; empty = the same. Those with the
+  // largest weight * range^2 become the wide ones.
+  std::span<const float> channel_weights{};
 };
 
 struct QuantRules {

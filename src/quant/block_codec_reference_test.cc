@@ -106,9 +106,46 @@ class Checker {
 
   // The channel that stands at a stored place.
   std::size_t channel(Tensor t, std::uint32_t head, std::size_t place) const {
+    if (layout_.tensor(t).wide_channels > 0) {
+      return wide_order(head)[place];
+    }
     return layout_.tensor(t).reordered
                ? case_.tensor_rules(t).channel_order[head * layout_.head_dim(t) + place]
                : place;
+  }
+
+  // Key channels of a head: those of largest weight * range^2, then the others, each ascending.
+  std::vector<std::size_t> wide_order(std::uint32_t head) const {
+    const std::size_t dim = layout_.shape().key_dim, n_heads = layout_.shape().n_kv_heads;
+    std::vector<double> error(dim);
+    std::vector<std::size_t> order(dim);
+    for (std::size_t c = 0; c < dim; ++c) {
+      std::vector<double> set;
+      for (std::size_t token = 0; token < layout_.shape().n_tokens; ++token) {
+        set.push_back(case_.keys[(token * n_heads + head) * dim + c]);
+      }
+      const auto range = ref::shrunk_range(set, 1.0);
+      error[c] = case_.rules.key.channel_weights[head * dim + c] * (range[1] - range[0]) *
+                 (range[1] - range[0]);
+      order[c] = c;
+    }
+    std::stable_sort(order.begin(), order.end(),
+                     [&](auto a, auto b) { return error[a] > error[b]; });
+    const auto border = order.begin() + layout_.shape().key.wide_channels;
+    std::sort(order.begin(), border);
+    std::sort(border, order.end());
+    return order;
+  }
+
+  bool is_wide(Tensor t, std::size_t place) const {
+    return place < layout_.tensor(t).wide_channels;
+  }
+  int bits_of(Tensor t, int cls, std::size_t place) const {
+    return is_wide(t, place) ? layout_.tensor(t).wide_bits : layout_.tensor(t).bits[cls];
+  }
+  double clip_of(Tensor t, int cls, std::size_t place) const {
+    const TensorRules& rules = case_.tensor_rules(t);
+    return is_wide(t, place) ? rules.wide_clip : rules.clip[cls];
   }
 
   float& decoded(Tensor t, std::uint32_t head, std::size_t slot, std::size_t place) {
@@ -128,18 +165,19 @@ class Checker {
     }
   }
 
-  ref::QuantParams exact_params(const std::vector<double>& set, Tensor t, int cls) const {
-    const TensorRules& rules = case_.tensor_rules(t);
-    const double fraction = rules.clip[cls];
-    return ref::float_min_params(
-        rules.clip_about_zero ? ref::scaled_range(set, fraction) : ref::shrunk_range(set, fraction),
-        layout_.tensor(t).bits[cls]);
+  ref::QuantParams exact_params(const std::vector<double>& set, Tensor t, int cls,
+                                std::size_t place) const {
+    const double fraction = clip_of(t, cls, place);
+    return ref::float_min_params(case_.tensor_rules(t).clip_about_zero
+                                     ? ref::scaled_range(set, fraction)
+                                     : ref::shrunk_range(set, fraction),
+                                 bits_of(t, cls, place));
   }
 
   // Checks fp16 parameters of a set and returns those that codes follow from.
   ref::QuantParams check_half_params(const std::vector<double>& set, Tensor t, int cls,
-                                     double scale, double min) const {
-    const ref::QuantParams exact = exact_params(set, t, cls);
+                                     std::size_t place, double scale, double min) const {
+    const ref::QuantParams exact = exact_params(set, t, cls, place);
     const double span = std::abs(exact.min) + exact.scale * 256;
     EXPECT_TRUE(is_rounded(scale, exact.scale, 1e-6 * span));
     const bool empty_range =
@@ -154,15 +192,16 @@ class Checker {
     return {scale, -zero_point * scale};
   }
 
-  void check_code(double x, const ref::QuantParams& params, Tensor t, int cls, int code) const {
-    const int bits = layout_.tensor(t).bits[cls];
+  void check_code(double x, const ref::QuantParams& params, Tensor t, int cls, std::size_t place,
+                  int code) const {
+    const int bits = bits_of(t, cls, place);
     const TensorRules& rules = case_.tensor_rules(t);
     const bool integer = layout_.tensor(t).token_params == TokenParams::kHalf &&
                          rules.rounding == Rounding::kIntegerOffset;
     const double steps = (integer ? x : x - params.min) / params.scale;
     const int want =
         integer ? ref::integer_offset_code(x, params, bits) : ref::float_min_code(x, params, bits);
-    const bool is_exact = on_grid_ && bits <= 4 && !integer && rules.clip[cls] == 1 &&
+    const bool is_exact = on_grid_ && bits <= 4 && !integer && clip_of(t, cls, place) == 1 &&
                           layout_.tensor(t).granularity != Granularity::kChannelSeparable &&
                           layout_.tensor(t).token_params == TokenParams::kHalf;
     if (is_exact || !is_near_tie(steps)) {
@@ -196,9 +235,9 @@ class Checker {
           set.push_back(rows_[(first + slot) * dim + c]);
         }
         const double scale = encoded_.value(params, c), min = encoded_.value(params, dim + c);
-        const ref::QuantParams used = check_half_params(set, t, cls, scale, min);
+        const ref::QuantParams used = check_half_params(set, t, cls, c, scale, min);
         for (std::size_t slot = begin; slot < end; ++slot) {
-          check_code(set[slot - begin], used, t, cls, codes_[slot * dim + c]);
+          check_code(set[slot - begin], used, t, cls, c, codes_[slot * dim + c]);
           check_decoded(t, head, first + slot, c, codes_[slot * dim + c], scale, min);
         }
       }
@@ -215,7 +254,7 @@ class Checker {
         const ref::QuantParams used = check_token_params(t, head, cls, group, slot, &scale, &min);
         for (std::size_t c = group * width; c < (group + 1) * width; ++c) {
           const int code = codes_[(slot - first) * dim + c];
-          check_code(rows_[slot * dim + c], used, t, cls, code);
+          check_code(rows_[slot * dim + c], used, t, cls, c, code);
           check_decoded(t, head, slot, c, code, scale, min);
         }
       }
@@ -250,7 +289,7 @@ class Checker {
     if (layout_.tensor(t).token_params == TokenParams::kHalf) {
       *scale = encoded_.value(stored, at);
       *min = encoded_.value(stored, n_slots + at);
-      return check_half_params(set, t, cls, *scale, *min);
+      return check_half_params(set, t, cls, /*place=*/0, *scale, *min);
     }
     const double levels = (1 << layout_.tensor(t).bits[cls]) - 1;
     const auto range = zero_range(set, t, cls);
@@ -337,11 +376,14 @@ std::vector<Variant> variants() {
   const auto token_groups = [](TensorFormat& f) { f.group_tokens = 16; };
   const auto given = [](TensorFormat& f) { f.given_factors = true; };
   const auto reordered = [](TensorFormat& f) { f.reordered = true; };
+  const auto wide_channels = [](TensorFormat& f) { f.wide_channels = 16; };
   const auto high_exact = [](TensorFormat& f) { f.bits[0] = format::kExactBits; };
   const auto low_evicted = [](TensorFormat& f) { f.bits[1] = format::kEvictedBits; };
   QuantRules clipped;
   clipped.key.clip = {0.9f, 0.7f};
   clipped.value.clip = {1.0f, 0.75f};
+  QuantRules wide_clipped = clipped;
+  wide_clipped.key.wide_clip = 0.95f;
   QuantRules about_zero = clipped;
   about_zero.key.clip_about_zero = about_zero.value.clip_about_zero = true;
   QuantRules integer;
@@ -393,6 +435,13 @@ std::vector<Variant> variants() {
       {"given_factors", with(with(separable, given), one_class), with(separable, given), clipped},
       {"reordered", with(with(tokenwise, groups), reordered),
        with(with(with(separable, given), reordered), bytes), about_zero},
+      {"wide_channels", with(two_classes(Granularity::kChannelwise, 3, 2), wide_channels),
+       with(separable, bytes), wide_clipped},
+      {"wide_channels_of_all_tokens",
+       with(with(with(two_classes(Granularity::kChannelwise, 2, 2), wide_channels), one_class),
+            token_groups),
+       tokenwise,
+       {}},
   };
 }
 
@@ -412,6 +461,9 @@ TEST_P(BlockCodecReference, CodesParamsAndValues) {
     shape.value.class0_tokens = size.value_salient;
     if (shape.key.bits[1] == format::kEvictedBits) {
       shape.value.class0_tokens = size.key_salient;  // evicted in both
+    }
+    if (shape.key.wide_channels >= shape.key_dim) {
+      shape.key.wide_channels = 0;
     }
     for (const bool on_grid : {true, false}) {
       SCOPED_TRACE(::testing::Message() << size.n_tokens << " tokens, on grid " << on_grid);

@@ -288,6 +288,64 @@ CodecCase permuted(const CodecCase& c, const std::vector<std::uint32_t>& order) 
   return out;
 }
 
+// The same codes under a scale that gives x . y = x . x, as near as scales are stored.
+TEST(BlockCodec, KeptLengthsStretchScalesAlone) {
+  BlockShape shape = default_shape(64);
+  for (const TokenParams params : {TokenParams::kByte, TokenParams::kHalf}) {
+    shape.value.token_params = params;
+    CodecCase c = make_case(shape, {}, false, 7);
+    c.rules.value.clip = {0.8f, 0.6f};
+    const Encoded plain(c);
+    c.rules.value.keep_length = true;
+    const Encoded kept(c);
+    const BlockLayout& l = plain.layout();
+    const std::vector<float> before = plain.decoded(Tensor::kValue);
+    const std::vector<float> after = kept.decoded(Tensor::kValue);
+    int n_stretched = 0;
+    for (std::size_t row = 0; row < before.size(); row += l.shape().value_dim) {
+      double xx = 0, xy = 0, xz = 0;
+      for (std::size_t at = row; at < row + l.shape().value_dim; ++at) {
+        xx += double(c.values[at]) * c.values[at];
+        xy += double(c.values[at]) * before[at];
+        xz += double(c.values[at]) * after[at];
+      }
+      const double ratio = xx / xy;
+      if (ratio < 0.5 || ratio > 2) {
+        EXPECT_EQ(xy, xz);
+        continue;
+      }
+      // A byte's scale is a sixteenth of an octave from the next; the widest can't grow.
+      const double step = params == TokenParams::kByte ? 1.0 / 32 : 1.0 / 1024;
+      n_stretched += std::abs(xz / xx - 1) <= step + 1e-4 ? 1 : 0;
+    }
+    const auto n_rows = static_cast<int>(before.size() / l.shape().value_dim);
+    EXPECT_GT(n_stretched, n_rows * 8 / 10);
+    for (int cls = 0; cls < 2; ++cls) {
+      for (std::uint32_t head = 0; head < l.shape().n_kv_heads; ++head) {
+        EXPECT_EQ(plain.codes(Tensor::kValue, head, cls), kept.codes(Tensor::kValue, head, cls));
+      }
+    }
+  }
+}
+
+TEST(BlockCodec, WideChannelsAreThoseThatErrMost) {
+  BlockShape shape = default_shape(48, 1, 32);
+  shape.key.wide_channels = 16;
+  shape.key.bits = {2, 2};
+  CodecCase c = make_case(shape, {}, false, 3);
+  std::vector<float> weights(32, 1.0f);
+  for (std::size_t channel = 0; channel < 32; channel += 2) {
+    weights[channel] = 1e6f;
+  }
+  c.rules.key.channel_weights = weights;
+  const Encoded e(c);
+  std::vector<std::uint16_t> order(32);
+  format::channel_order(e.layout(), e.bytes().data(), Tensor::kKey, 0, order.data());
+  for (std::size_t place = 0; place < 32; ++place) {
+    EXPECT_EQ(order[place], place < 16 ? 2 * place : 2 * (place - 16) + 1);
+  }
+}
+
 TEST(BlockCodec, PermutingTokensPermutesTheResult) {
   for (const Granularity granularity :
        {Granularity::kChannelSeparable, Granularity::kTokenwise, Granularity::kChannelwise}) {

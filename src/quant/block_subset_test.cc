@@ -63,6 +63,8 @@ std::vector<BlockShape> shapes() {
   std::vector<BlockShape> all;
   for (const std::uint32_t n : {2u, 31u, 64u, 100u}) {
     all.push_back(default_shape(n, 3));
+    all.back().key.wide_channels = 16;
+    all.push_back(default_shape(n, 3));
     BlockShape s = default_shape(n, 1);
     s.key = with(Granularity::kTokenwise, TokenParams::kByte, 0, 2, {8, 2}, n);
     s.value = with(Granularity::kTokenwise, TokenParams::kHalf, 16, 2, {4, 3}, n / 2);

@@ -111,6 +111,7 @@ inline CodecCase make_case(const BlockShape& shape, const QuantRules& rules, boo
       std::span(*c.given).first(std::size_t{shape.n_kv_heads} * shape.value_dim);
   c.rules.key.channel_order = std::span(*c.order).first(key_row);
   c.rules.value.channel_order = std::span(*c.order).subspan(key_row);
+  c.rules.key.channel_weights = c.rules.key.given_factors;
   return c;
 }
 
@@ -153,17 +154,20 @@ class Encoded {
 
   // Codes of a class, [slot of the class][channel of the head].
   std::vector<std::uint8_t> codes(Tensor t, std::uint32_t head, int cls) const {
-    const std::size_t tokens = layout_.class_tokens(t, cls), width = layout_.group_channels(t);
-    std::vector<std::uint8_t> out(tokens * layout_.head_dim(t)), group_codes(tokens * width);
+    const std::size_t tokens = layout_.class_tokens(t, cls), dim = layout_.head_dim(t);
+    const bool is_key = t == Tensor::kKey;
+    std::vector<std::uint8_t> out(tokens * dim);
     for (std::uint32_t group = 0; group < layout_.n_groups(t); ++group) {
-      const bool is_key = t == Tensor::kKey;
-      format::unpack_codes(
-          layout_.tensor(t).bits[cls], is_key ? tokens : width, is_key ? width : tokens,
-          std::span(bytes_).subspan(layout_.codes(t, head, cls, group), layout_.codes_size(t, cls)),
-          group_codes);
+      const std::size_t width = layout_.group_channels(t, group);
+      std::vector<std::uint8_t> group_codes(tokens * width);
+      format::unpack_codes(layout_.code_bits(t, cls, group), is_key ? tokens : width,
+                           is_key ? width : tokens,
+                           std::span(bytes_).subspan(layout_.codes(t, head, cls, group),
+                                                     layout_.codes_size(t, cls, group)),
+                           group_codes);
       for (std::size_t slot = 0; slot < tokens; ++slot) {
         for (std::size_t c = 0; c < width; ++c) {
-          out[slot * layout_.head_dim(t) + group * width + c] =
+          out[slot * dim + layout_.first_channel(t, group) + c] =
               group_codes[is_key ? slot * width + c : c * tokens + slot];
         }
       }

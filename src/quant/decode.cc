@@ -56,7 +56,7 @@ class HeadDecoder {
         }
         unpack(cls, group);
         if (format_.granularity == Granularity::kChannelwise) {
-          decode_channelwise(cls);
+          decode_channelwise(cls, group);
         } else {
           decode_tokenwise(cls, group);
         }
@@ -84,31 +84,32 @@ class HeadDecoder {
   // The block's matrix -> codes_ [slots of the class][channels of the group].
   void unpack(int cls, std::uint32_t group) {
     const std::size_t n_slots = layout_.class_tokens(tensor_, cls);
-    const std::size_t width = layout_.group_channels(tensor_);
+    const std::size_t width = layout_.group_channels(tensor_, group);
+    const int bits = layout_.code_bits(tensor_, cls, group);
     const std::span<const std::byte> packed{block_ + layout_.codes(tensor_, head_, cls, group),
-                                            layout_.codes_size(tensor_, cls)};
+                                            layout_.codes_size(tensor_, cls, group)};
     if (tensor_ == Tensor::kKey) {
-      format::unpack_codes(format_.bits[cls], n_slots, width, packed,
-                           {codes_.data(), n_slots * width});
+      format::unpack_codes(bits, n_slots, width, packed, {codes_.data(), n_slots * width});
     } else {
-      format::unpack_codes(format_.bits[cls], width, n_slots, packed,
-                           {transposed_.data(), n_slots * width});
+      format::unpack_codes(bits, width, n_slots, packed, {transposed_.data(), n_slots * width});
       transpose(transposed_.data(), width, n_slots, codes_.data());
     }
   }
 
-  void decode_channelwise(int cls) {
+  void decode_channelwise(int cls, std::uint32_t group) {
     const std::size_t n_slots = layout_.class_tokens(tensor_, cls);
     const std::size_t step = layout_.group_tokens(tensor_, cls);
-    for (std::uint32_t group = 0; group < layout_.n_token_groups(tensor_, cls); ++group) {
-      const auto params = load_halves(
-          block_ + layout_.channel_scale_min(tensor_, head_, cls, group), 2 * n_channels_);
-      const float* scale = params.data();
+    const std::size_t first = layout_.first_channel(tensor_, group);
+    const std::size_t width = layout_.group_channels(tensor_, group);
+    for (std::uint32_t set = 0; set < layout_.n_token_groups(tensor_, cls); ++set) {
+      const auto params = load_halves(block_ + layout_.channel_scale_min(tensor_, head_, cls, set),
+                                      2 * n_channels_);
+      const float* scale = params.data() + first;
       const float* min = scale + n_channels_;
-      for (std::size_t slot = group * step; slot < std::min((group + 1) * step, n_slots); ++slot) {
-        const std::uint8_t* codes = &codes_[slot * n_channels_];
-        float* out = row(cls, slot);
-        for (std::size_t c = 0; c < n_channels_; ++c) {
+      for (std::size_t slot = set * step; slot < std::min((set + 1) * step, n_slots); ++slot) {
+        const std::uint8_t* codes = &codes_[slot * width];
+        float* out = row(cls, slot) + first;
+        for (std::size_t c = 0; c < width; ++c) {
           out[c] = scale[c] * codes[c] + min[c];
         }
       }

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 #include <vector>
 
 #include "base/aligned.h"
@@ -45,13 +46,15 @@ class TensorEncoder {
         order_(n_tokens_),
         rows_(n_tokens_ * n_channels_),
         channels_(n_channels_),
-        unordered_(format_.reordered ? n_channels_ : 0),
-        factors_(n_channels_),
+        in_order_(!format_.reordered && format_.wide_channels == 0),
+        unordered_(in_order_ ? 0 : n_channels_),
+        factors_(n_channels_, 1.0f),
         codes_(rows_.size()),
         transposed_(tensor == Tensor::kValue ? rows_.size() : 0) {
     const std::size_t row = layout.shape().n_kv_heads * n_channels_;
     ZC_CHECK(!format_.given_factors || rules.given_factors.size() == row);
     ZC_CHECK(!format_.reordered || rules.channel_order.size() == row);
+    ZC_CHECK(rules.channel_weights.empty() || rules.channel_weights.size() == row);
   }
 
   // Heads [begin, end). Each head has bytes of its own.
@@ -102,11 +105,14 @@ class TensorEncoder {
       std::memcpy(block_ + layout_.channel_order(tensor_, head),
                   &rules_.channel_order[head * n_channels_], n_channels_ * sizeof(std::uint16_t));
     }
+    if (format_.wide_channels > 0) {
+      choose_wide_channels(head);
+    }
     format::channel_order(layout_, block_, tensor_, head, channels_.data());
     const std::size_t token_stride = layout_.shape().n_kv_heads * n_channels_;
     for (std::size_t slot = 0; slot < n_tokens_; ++slot) {
       const float* in = &input_[order_[slot] * token_stride + head * n_channels_];
-      if (!format_.reordered) {
+      if (in_order_) {
         copy_finite(in, n_channels_, row(slot));
         continue;
       }
@@ -125,6 +131,32 @@ class TensorEncoder {
         divide_by_factors(head, cls, first, first + n);
       }
     }
+  }
+
+  // Of equally wide codes, a channel's error grows with its range and with the queries it meets:
+  // a few channels make up most of it (half of it an eighth of them, in SmolLM2).
+  void choose_wide_channels(std::uint32_t head) {
+    const std::size_t token_stride = layout_.shape().n_kv_heads * n_channels_;
+    AlignedVector<float> low(n_channels_), high(n_channels_);
+    for (std::size_t token = 0; token < n_tokens_; ++token) {
+      copy_finite(&input_[token * token_stride + head * n_channels_], n_channels_,
+                  unordered_.data());
+      if (token == 0) {
+        low = high = unordered_;
+      }
+      track_ranges(unordered_.data(), n_channels_, low.data(), high.data());
+    }
+    std::vector<float> error(n_channels_);
+    for (std::size_t c = 0; c < n_channels_; ++c) {
+      const float range = std::min(high[c] - low[c], kLargestHalf);
+      const std::size_t at = head * n_channels_ + c;
+      error[c] =
+          range * range * (rules_.channel_weights.empty() ? 1.0f : rules_.channel_weights[at]);
+    }
+    std::iota(channels_.begin(), channels_.end(), std::uint16_t{0});
+    std::stable_sort(channels_.begin(), channels_.end(),
+                     [&](std::uint16_t a, std::uint16_t b) { return error[a] > error[b]; });
+    format::write_wide_mask(layout_, block_, tensor_, head, channels_.data());
   }
 
   // Finds the channel factors of slots [begin, end), or takes those given, stores them and divides
@@ -158,8 +190,8 @@ class TensorEncoder {
   void write_exact(std::uint32_t head, int cls) {
     const std::size_t n_slots = layout_.class_tokens(tensor_, cls);
     const std::size_t first = layout_.first_slot(tensor_, cls);
-    const std::size_t width = layout_.group_channels(tensor_);
     for (std::uint32_t group = 0; group < layout_.n_groups(tensor_); ++group) {
+      const std::size_t width = layout_.group_channels(tensor_, group);
       std::byte* out = block_ + layout_.codes(tensor_, head, cls, group);
       for (std::size_t slot = 0; slot < n_slots; ++slot) {
         for (std::size_t c = 0; c < width; ++c) {
@@ -172,31 +204,37 @@ class TensorEncoder {
   }
 
   void encode_channelwise(std::uint32_t head, int cls) {
-    const std::size_t first = layout_.first_slot(tensor_, cls);
     const std::size_t n_slots = layout_.class_tokens(tensor_, cls);
     const std::size_t step = layout_.group_tokens(tensor_, cls);
-    for (std::uint32_t group = 0; group < layout_.n_token_groups(tensor_, cls); ++group) {
-      const std::size_t begin = group * step;
-      encode_channels(head, cls, group, first, begin, std::min(begin + step, n_slots));
+    for (std::uint32_t group = 0; group < layout_.n_groups(tensor_); ++group) {
+      for (std::uint32_t set = 0; set < layout_.n_token_groups(tensor_, cls); ++set) {
+        encode_channels(head, cls, group, set, std::min((set + 1) * step, n_slots));
+      }
+      pack(head, cls, group);
     }
-    pack(head, cls, 0);
   }
 
-  // Codes of slots [begin, end) of a class, which share a (scale, min) per channel.
-  void encode_channels(std::uint32_t head, int cls, std::uint32_t group, std::size_t first,
-                       std::size_t begin, std::size_t end) {
-    AlignedVector<float> low(row(first + begin), row(first + begin) + n_channels_), high(low);
+  // Codes of the channels of a group in a set of slots, up to `end` of the class, that share a
+  // (scale, min) per channel.
+  void encode_channels(std::uint32_t head, int cls, std::uint32_t group, std::uint32_t set,
+                       std::size_t end) {
+    const std::size_t first_slot = layout_.first_slot(tensor_, cls);
+    const std::size_t begin = set * std::size_t{layout_.group_tokens(tensor_, cls)};
+    const std::size_t first = layout_.first_channel(tensor_, group);
+    const std::size_t width = layout_.group_channels(tensor_, group);
+    const int bits = layout_.code_bits(tensor_, cls, group);
+    const auto channels_of = [&](std::size_t slot) { return row(first_slot + slot) + first; };
+    AlignedVector<float> low(channels_of(begin), channels_of(begin) + width), high(low);
     for (std::size_t slot = begin + 1; slot < end; ++slot) {
-      track_ranges(row(first + slot), n_channels_, low.data(), high.data());
+      track_ranges(channels_of(slot), width, low.data(), high.data());
     }
 
-    AlignedVector<float> shift(n_channels_), divisor(n_channels_), offset(n_channels_);
-    std::byte* scales = block_ + layout_.channel_scale_min(tensor_, head, cls, group);
-    for (std::size_t c = 0; c < n_channels_; ++c) {
-      const Grid grid =
-          half_grid(rules_.rounding, clipped({low[c], high[c]}, cls), format_.bits[cls]);
-      store_half(scales, c, grid.scale);
-      store_half(scales, n_channels_ + c, grid.min);
+    AlignedVector<float> shift(width), divisor(width), offset(width);
+    std::byte* scales = block_ + layout_.channel_scale_min(tensor_, head, cls, set);
+    for (std::size_t c = 0; c < width; ++c) {
+      const Grid grid = half_grid(rules_.rounding, clipped({low[c], high[c]}, cls, group), bits);
+      store_half(scales, first + c, grid.scale);
+      store_half(scales, n_channels_ + first + c, grid.min);
       shift[c] = grid.shift;
       divisor[c] = grid.divisor;
       offset[c] = grid.offset;
@@ -204,13 +242,13 @@ class TensorEncoder {
 
     const ChannelGrids grids{shift.data(), divisor.data(), offset.data()};
     for (std::size_t slot = begin; slot < end; ++slot) {
-      codes_by_channel(row(first + slot), n_channels_, grids, levels_of(format_.bits[cls]),
-                       &codes_[slot * n_channels_]);
+      codes_by_channel(channels_of(slot), width, grids, levels_of(bits), &codes_[slot * width]);
     }
   }
 
-  Range clipped(const Range& range, int cls) const {
-    const float fraction = rules_.clip[cls];
+  Range clipped(const Range& range, int cls, std::uint32_t group) const {
+    const bool is_wide = format_.wide_channels > 0 && group == 0;
+    const float fraction = is_wide ? rules_.wide_clip : rules_.clip[cls];
     return rules_.clip_about_zero ? Range{range.low * fraction, range.high * fraction}
                                   : shrunk(range, fraction);
   }
@@ -234,8 +272,30 @@ class TensorEncoder {
       for (std::size_t slot = 0; slot < n_slots; ++slot) {
         codes_by_row(row(first + slot) + group * width, width, grids[group * n_slots + slot],
                      levels_of(format_.bits[cls]), &codes_[slot * width]);
+        if (rules_.keep_length) {
+          const Grid& grid = grids[group * n_slots + slot];
+          const float stretch =
+              length_ratio(row(first + slot) + group * width, &factors_[group * width],
+                           &codes_[slot * width], width, grid.scale, grid.min);
+          stretch_token(head, cls, group, first + slot, grid, stretch);
+        }
       }
       pack(head, cls, group);
+    }
+  }
+
+  void stretch_token(std::uint32_t head, int cls, std::uint32_t group, std::size_t slot,
+                     const Grid& grid, float stretch) {
+    std::byte* scales = block_ + layout_.token_scale_min(tensor_, head, group);
+    const std::size_t at = slot - layout_.first_param_slot(tensor_);
+    if (format_.token_params == TokenParams::kByte) {
+      float base;
+      const auto offset = static_cast<std::size_t>(cls) * sizeof(Half);
+      format::load_halves(block_ + layout_.token_base(tensor_, head) + offset, 1, &base);
+      scales[at] = std::byte{format::encode_byte_scale(base, grid.scale * stretch)};
+    } else {
+      store_half(scales, at, saturated_half(grid.scale * stretch));
+      store_half(scales, layout_.param_slots(tensor_) + at, saturated_half(grid.min * stretch));
     }
   }
 
@@ -245,7 +305,7 @@ class TensorEncoder {
     const std::size_t block_slot = layout_.first_slot(tensor_, cls) + slot;
     Range range = format_.slot_shared ? shared_ranges_[block_slot]
                                       : range_of(row(block_slot) + group * width, width);
-    range = clipped(range, cls);
+    range = clipped(range, cls, group);
     return format_.token_params == TokenParams::kByte ? with_zero(range) : range;
   }
 
@@ -295,15 +355,15 @@ class TensorEncoder {
   // codes_ [slots of the class][channels of the group] -> the block's matrix.
   void pack(std::uint32_t head, int cls, std::uint32_t group) {
     const std::size_t n_slots = layout_.class_tokens(tensor_, cls);
-    const std::size_t width = layout_.group_channels(tensor_);
+    const std::size_t width = layout_.group_channels(tensor_, group);
+    const int bits = layout_.code_bits(tensor_, cls, group);
     const std::span<std::byte> out{block_ + layout_.codes(tensor_, head, cls, group),
-                                   layout_.codes_size(tensor_, cls)};
+                                   layout_.codes_size(tensor_, cls, group)};
     if (tensor_ == Tensor::kKey) {
-      format::pack_codes(format_.bits[cls], n_slots, width, {codes_.data(), n_slots * width}, out);
+      format::pack_codes(bits, n_slots, width, {codes_.data(), n_slots * width}, out);
     } else {
       transpose(codes_.data(), n_slots, width, transposed_.data());
-      format::pack_codes(format_.bits[cls], width, n_slots, {transposed_.data(), n_slots * width},
-                         out);
+      format::pack_codes(bits, width, n_slots, {transposed_.data(), n_slots * width}, out);
     }
   }
 
@@ -318,6 +378,7 @@ class TensorEncoder {
   std::vector<std::uint32_t> order_;
   AlignedVector<float> rows_;  // [slot][stored channel] of the head at hand
   std::vector<std::uint16_t> channels_;
+  const bool in_order_;  // channels are stored as they come
   AlignedVector<float> unordered_;
   AlignedVector<float> factors_;
   std::vector<Range> shared_ranges_;
@@ -376,10 +437,13 @@ void replace_keys(const BlockLayout& layout, const QuantRules& rules, std::span<
   // What was given when the block was made stays: it is read back from the block.
   const std::size_t dim = layout.shape().key_dim, n_heads = layout.shape().n_kv_heads;
   std::vector<std::uint16_t> order(dim * n_heads);
-  std::vector<float> factors(dim * n_heads), stored(dim);
+  std::vector<float> factors(dim * n_heads), stored(dim), weights(dim * n_heads);
   TensorRules kept = rules.key;
   for (std::uint32_t head = 0; head < n_heads; ++head) {
     format::channel_order(layout, block, Tensor::kKey, head, &order[head * dim]);
+    for (std::size_t wide = 0; wide < layout.shape().key.wide_channels; ++wide) {
+      weights[head * dim + order[head * dim + wide]] = 1.0f;
+    }
     if (layout.shape().key.given_factors) {
       format::load_halves(block + layout.channel_factor(Tensor::kKey, head, 0), dim, stored.data());
       for (std::size_t c = 0; c < dim; ++c) {
@@ -389,6 +453,7 @@ void replace_keys(const BlockLayout& layout, const QuantRules& rules, std::span<
   }
   kept.channel_order = order;
   kept.given_factors = factors;
+  kept.channel_weights = weights;
   TensorEncoder(layout, Tensor::kKey, kept, keys, block).encode(0, layout.shape().n_kv_heads);
 }
 

@@ -125,6 +125,27 @@ void codes_by_row(const float* __restrict x, std::size_t n, const Grid& grid, fl
   }
 }
 
+float length_ratio(const float* __restrict x, const float* __restrict factors,
+                   const std::uint8_t* __restrict codes, std::size_t n, float scale, float min) {
+  float xx[kLanes] = {}, xy[kLanes] = {};
+  for (std::size_t c = 0; c < n; c += kLanes) {
+    for (std::size_t lane = 0; lane < kLanes; ++lane) {
+      const float weight = factors[c + lane] * factors[c + lane];
+      const float y = scale * static_cast<float>(codes[c + lane]) + min;
+      xx[lane] += weight * (x[c + lane] * x[c + lane]);
+      xy[lane] += weight * (x[c + lane] * y);
+    }
+  }
+  for (std::size_t half = kLanes / 2; half > 0; half /= 2) {
+    for (std::size_t lane = 0; lane < half; ++lane) {
+      xx[lane] += xx[lane + half];
+      xy[lane] += xy[lane + half];
+    }
+  }
+  const float ratio = xx[0] / xy[0];
+  return ratio >= 0.5f && ratio <= 2.0f ? ratio : 1.0f;
+}
+
 void transpose(const std::uint8_t* __restrict from, std::size_t rows, std::size_t columns,
                std::uint8_t* __restrict to) {
   for (std::size_t row = 0; row < rows; row += kTile) {

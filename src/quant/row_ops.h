@@ -36,6 +36,11 @@ void codes_by_channel(const float* x, std::size_t n, const ChannelGrids& grids, 
 void codes_by_row(const float* x, std::size_t n, const Grid& grid, float levels,
                   std::uint8_t* codes);
 
+// x . x / x . y for y = scale * code + min, both times `factors`; 1 where that makes no sense or is
+// out of [1/2, 2]. REQUIRES: n a multiple of 16.
+float length_ratio(const float* x, const float* factors, const std::uint8_t* codes, std::size_t n,
+                   float scale, float min);
+
 // [rows][columns] -> [columns][rows]: codes are made by token, V is packed by channel.
 void transpose(const std::uint8_t* from, std::size_t rows, std::size_t columns, std::uint8_t* to);
 
