@@ -25,13 +25,15 @@ import time
 
 ROOT = pathlib.Path(__file__).parent.parent
 ZIPCACHE = ["-dev", "ZipCacheCUDA"]
+# Classes of tokens; the default's wide channels of keys have no pages yet.
+CLASSES = {"ZIPCACHE_KEY_BITS": "4,3", "ZIPCACHE_KEY_SALIENT": "30", "ZIPCACHE_VALUE_SALIENT": "50"}
 CACHES = {  # name -> (arguments, environment)
     "f16": ([], {}),
     "q4_0": (["-ctk", "q4_0", "-ctv", "q4_0"], {}),
     "q8_0": (["-ctk", "q8_0", "-ctv", "q8_0"], {}),
-    "zipcache": (ZIPCACHE, {}),
+    "zipcache": (ZIPCACHE, CLASSES),
     # Fewer, longer runs of pages with one scale set; of prompts that come 2048 tokens at a time.
-    "zipcache blocks of 2048": ([*ZIPCACHE, "-ub", "2048"], {"ZIPCACHE_BLOCK": "2048"}),
+    "zipcache blocks of 2048": ([*ZIPCACHE, "-ub", "2048"], CLASSES | {"ZIPCACHE_BLOCK": "2048"}),
     "zipcache fp16": (ZIPCACHE, {"ZIPCACHE_POLICY": "fp16"}),
     "zipcache 8 bits": (ZIPCACHE, {"ZIPCACHE_POLICY": "uniform", "ZIPCACHE_KEY_BITS": "8",
                                    "ZIPCACHE_VALUE_BITS": "8"}),

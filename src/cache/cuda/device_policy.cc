@@ -41,6 +41,11 @@ Expected<policy::Policy> device_policy(const policy::Policy& asked) {
       !ok) {
     return ok.error();
   }
+  if (asked.key.wide_bp != 0 || asked.kv_centibits != 0) {
+    return refused("wide key channels or kv-bits, as the default has them",
+                   "classes of tokens: ZIPCACHE_KEY_BITS=4,3 ZIPCACHE_KEY_SALIENT=30 "
+                   "ZIPCACHE_VALUE_SALIENT=50");
+  }
   if (asked.evicts || asked.requantize_all || asked.value_hold_tokens != 0 || asked.hold_bp != 0 ||
       asked.recent_bp != 0 || asked.value.class_factors || asked.value.slot_shared) {
     return refused("policy " + asked.name + " with eviction, held values or published sealing",

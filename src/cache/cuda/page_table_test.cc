@@ -11,7 +11,8 @@ namespace {
 
 constexpr std::uint32_t kCells = 2048, kHeads = 2, kDim = 64;
 
-policy::Policy make_policy(const std::map<std::string, std::string>& settings = {}) {
+policy::Policy make_policy(const std::map<std::string, std::string>& settings = {
+                               {"key-bits", "4,3"}}) {
   const auto asked = policy::make_policy(settings);
   return *device_policy(*asked);
 }
@@ -209,6 +210,7 @@ TEST(PageTable, RowsOutsideOfTheirStreamAreRefused) {
 }
 
 TEST(DevicePolicy, WhatPagesCannotHoldIsRefused) {
+  EXPECT_FALSE(device_policy(*policy::make_policy({})));  // wide channels of keys
   for (const char* name : {"kivi", "gear", "h2o", "mikv"}) {
     const auto asked = policy::make_policy({{"policy", name}});
     ASSERT_TRUE(asked) << name;
