@@ -300,7 +300,8 @@ TEST(LayerCache, SparseBlocksShrinkAndTheirTokensStay) {
   engine.step({{1, 260}}, false);
   const ByteCount after = engine.cache().bytes();
   ASSERT_GT(before.sealed_tokens, 300u);
-  EXPECT_LT(after.total(), before.total() * 11 / 10);  // as many live tokens, a block more
+  // As many live tokens, a block more: its parameters, which at head_dim 32 are a tenth of it all.
+  EXPECT_LT(after.total(), before.total() * 23 / 20);
   EXPECT_LE(engine.budget().used(), after.total());
   const std::vector<float> keys = engine.held(Tensor::kKey);
   const std::vector<float> values = engine.held(Tensor::kValue);
