@@ -82,10 +82,10 @@ void CacheAttention::fill(std::uint32_t n_tokens) {
 }
 
 double CacheAttention::run(std::uint32_t n_threads, bool flushes_caches) {
-  const std::chrono::duration<double> before = cache_.policy_time();
+  const auto before = cache_.policy_time();
   const double seconds = graph_.compute(n_threads, flushes_caches);
   done_.value();
-  commit_seconds_ = (cache_.policy_time() - before).count();
+  commit_seconds_ = std::chrono::duration<double>(cache_.policy_time() - before).count();
   return seconds;
 }
 
