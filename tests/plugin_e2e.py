@@ -191,11 +191,14 @@ class ServerTest(unittest.TestCase):
         prompt = " ".join(STORIES * 6)
         for settings in ({"policy": "fp16"}, {}):
             with self.subTest(settings), Server("-c", 2048, "-np", 4, **settings) as server:
+                # First, in cells never used: the 20th token is nearly a tie with FP16, too, and other
+                # random probes (they change with each prompt of a stream) may decide it.
+                alone = server.complete(prompt, cache_prompt=False)
                 answers = server.complete(prompt, n_cmpl=3)
                 self.assertEqual(len(answers), 3)
+                same_tokens(self, answers[0], alone)
                 same_tokens(self, answers[1], answers[0])
                 same_tokens(self, answers[2], answers[0])
-                same_tokens(self, server.complete(prompt, cache_prompt=False), answers[0])
 
     def test_context_shift(self):
         text = " ".join(STORIES * 8)
