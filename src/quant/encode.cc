@@ -444,7 +444,8 @@ void replace_keys(const BlockLayout& layout, const QuantRules& rules, std::span<
     for (std::size_t wide = 0; wide < layout.shape().key.wide_channels; ++wide) {
       weights[head * dim + order[head * dim + wide]] = 1.0f;
     }
-    if (layout.shape().key.given_factors) {
+    // Where all tokens are exact there are none.
+    if (layout.shape().key.given_factors && layout.param_slots(Tensor::kKey) > 0) {
       format::load_halves(block + layout.channel_factor(Tensor::kKey, head, 0), dim, stored.data());
       for (std::size_t c = 0; c < dim; ++c) {
         factors[head * dim + order[head * dim + c]] = stored[c];
