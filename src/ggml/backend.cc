@@ -7,7 +7,6 @@
 #include <memory>
 #include <mutex>
 #include <new>
-#include <span>
 #include <string>
 #include <vector>
 
@@ -15,6 +14,7 @@
 #include "ggml-impl.h"
 #include "ggml/attention_node.h"
 #include "ggml/buffer.h"
+#include "ggml/buffer_locks.h"
 #include "ggml/log.h"
 #include "ggml/registry.h"
 #include "ggml/shift_node.h"
@@ -24,25 +24,6 @@
 
 namespace zipcache::ggml {
 namespace {
-
-class BufferLocks {
- public:
-  explicit BufferLocks(std::span<KvBuffer* const> buffers) : buffers_(buffers) {
-    for (KvBuffer* buffer : buffers_) {
-      buffer->mutex().lock();
-    }
-  }
-  ~BufferLocks() {
-    for (KvBuffer* buffer : buffers_) {
-      buffer->mutex().unlock();
-    }
-  }
-  BufferLocks(const BufferLocks&) = delete;
-  BufferLocks& operator=(const BufferLocks&) = delete;
-
- private:
-  const std::span<KvBuffer* const> buffers_;
-};
 
 class Backend {
  public:
@@ -61,7 +42,7 @@ class Backend {
     if (refusal_) {
       return failed(*refusal_);
     }
-    const BufferLocks locks(buffers_);
+    const BufferLocks<KvBuffer> locks(buffers_);
     for (KvBuffer* buffer : buffers_) {
       if (const auto error = buffer->take_error()) {
         return failed(*error);

@@ -18,6 +18,7 @@
 
 #include "ggml-backend-impl.h"
 #include "ggml-impl.h"
+#include "ggml/buffer_locks.h"
 #include "ggml/cuda/cuda_buffer.h"
 #include "ggml/cuda/cuda_node.h"
 #include "ggml/cuda/cuda_registry.h"
@@ -86,9 +87,8 @@ class Backend {
     if (groups_.empty()) {
       return ggml_backend_graph_compute_async(inner_, graph);
     }
-    std::vector<std::unique_lock<std::mutex>> locks;
+    const BufferLocks<CudaKvBuffer> locks(buffers_);
     for (CudaKvBuffer* buffer : buffers_) {
-      locks.emplace_back(buffer->mutex());
       if (const auto error = buffer->take_error()) {
         return failed(*error);
       }
