@@ -380,6 +380,35 @@ Status DeviceCache::run_layer(std::uint32_t index, const LayerTensors& layer, St
   return step_.is_decode ? decode_layer(index, layer, stream) : window_layer(index, layer, stream);
 }
 
+IngestParams DeviceCache::ingest_params(const LayerTensors& layer, std::size_t n_per_sequence,
+                                        const RowsAt& to) const {
+  IngestParams put;
+  put.n_sequences = static_cast<int>(step_.streams.size());
+  put.n_per_sequence = static_cast<int>(n_per_sequence);
+  put.n_kv_heads = static_cast<int>(table_.shape().n_kv_heads);
+  put.n_heads = static_cast<int>(in_.n_heads);
+  put.head_dim = static_cast<int>(table_.shape().head_dim);
+  put.k = layer.k;
+  put.v = layer.v;
+  put.k_stride = layer.k_stride;
+  put.v_stride = layer.v_stride;
+  put.to = to;
+  put.place = sent<std::int32_t>(place_);
+  return put;
+}
+
+Status DeviceCache::gather(std::uint32_t index, std::size_t n, Stream stream) {
+  const StreamStep& s = step_.streams[n];
+  return move_rows({.n_tokens = static_cast<int>(s.gather_from.size()),
+                    .n_kv_heads = static_cast<int>(table_.shape().n_kv_heads),
+                    .head_dim = static_cast<int>(table_.shape().head_dim),
+                    .source = tail(index, s.stream),
+                    .target = window(n),
+                    .from = sent<std::int32_t>(at_[n].gather_from),
+                    .to = sent<std::int32_t>(at_[n].gather_to)},
+                   stream);
+}
+
 Status DeviceCache::decode_layer(std::uint32_t index, const LayerTensors& layer, Stream stream) {
   const TableShape& shape = table_.shape();
   const std::size_t first = step_.first_stream;
@@ -388,18 +417,7 @@ Status DeviceCache::decode_layer(std::uint32_t index, const LayerTensors& layer,
   HalfBits* const ring_q = ring_q_.layer<HalfBits>(index) + first * kProbeRing * query;
   float* const ring_lse = ring_lse_.layer<float>(index) + first * kProbeRing * in_.n_heads;
 
-  IngestParams put;
-  put.n_sequences = static_cast<int>(step_.streams.size());
-  put.n_per_sequence = 1;
-  put.n_kv_heads = static_cast<int>(shape.n_kv_heads);
-  put.n_heads = static_cast<int>(in_.n_heads);
-  put.head_dim = static_cast<int>(shape.head_dim);
-  put.k = layer.k;
-  put.v = layer.v;
-  put.k_stride = layer.k_stride;
-  put.v_stride = layer.v_stride;
-  put.to = tail(index, step_.first_stream);
-  put.place = sent<std::int32_t>(place_);
+  IngestParams put = ingest_params(layer, 1, tail(index, step_.first_stream));
   put.q = layer.q;
   put.q_sequence_stride = layer.q_stream_stride;
   put.q_query_stride = layer.q_query_stride;
@@ -460,14 +478,7 @@ Status DeviceCache::seal_decoded(std::uint32_t index, Stream stream) {
     if (s.seals.empty()) {
       continue;
     }
-    ZC_TRY(move_rows({.n_tokens = static_cast<int>(s.gather_from.size()),
-                      .n_kv_heads = static_cast<int>(shape.n_kv_heads),
-                      .head_dim = static_cast<int>(shape.head_dim),
-                      .source = tail(index, s.stream),
-                      .target = window(n),
-                      .from = sent<std::int32_t>(at_[n].gather_from),
-                      .to = sent<std::int32_t>(at_[n].gather_to)},
-                     stream));
+    ZC_TRY(gather(index, n, stream));
     // The lse of this step's query has not got into the ring yet.
     float* const lse_of_stream = ring_lse + n * kProbeRing * in_.n_heads;
     ZC_TRY(copy_async(lse_of_stream + (kProbeRing - 1) * in_.n_heads, lse + n * in_.n_heads,
@@ -485,28 +496,9 @@ Status DeviceCache::window_layer(std::uint32_t index, const LayerTensors& layer,
   const TableShape& shape = table_.shape();
   const std::size_t n_per_stream = step_.n_per_stream;
   for (std::size_t n = 0; n < step_.streams.size(); ++n) {
-    const StreamStep& s = step_.streams[n];
-    ZC_TRY(move_rows({.n_tokens = static_cast<int>(s.gather_from.size()),
-                      .n_kv_heads = static_cast<int>(shape.n_kv_heads),
-                      .head_dim = static_cast<int>(shape.head_dim),
-                      .source = tail(index, s.stream),
-                      .target = window(n),
-                      .from = sent<std::int32_t>(at_[n].gather_from),
-                      .to = sent<std::int32_t>(at_[n].gather_to)},
-                     stream));
+    ZC_TRY(gather(index, n, stream));
   }
-  IngestParams put;
-  put.n_sequences = static_cast<int>(step_.streams.size());
-  put.n_per_sequence = static_cast<int>(n_per_stream);
-  put.n_kv_heads = static_cast<int>(shape.n_kv_heads);
-  put.n_heads = static_cast<int>(in_.n_heads);
-  put.head_dim = static_cast<int>(shape.head_dim);
-  put.k = layer.k;
-  put.v = layer.v;
-  put.k_stride = layer.k_stride;
-  put.v_stride = layer.v_stride;
-  put.to = window(0);
-  put.place = sent<std::int32_t>(place_);
+  const IngestParams put = ingest_params(layer, n_per_stream, window(0));
   ZC_TRY(ingest(put, stream));
 
   for (std::size_t n = 0; n < step_.streams.size(); ++n) {

@@ -91,6 +91,11 @@ class DeviceCache {
   const T* sent(std::size_t at) const {
     return reinterpret_cast<const T*>(uploaded_.as<std::byte>() + at);
   }
+  // Where the step's new rows come from and go: what decode and window have in common.
+  IngestParams ingest_params(const LayerTensors& layer, std::size_t n_per_sequence,
+                             const RowsAt& to) const;
+  // Unsealed tokens of the n-th stream of the step into its window.
+  Status gather(std::uint32_t index, std::size_t n, Stream stream);
   Status decode_layer(std::uint32_t index, const LayerTensors& layer, Stream stream);
   Status seal_decoded(std::uint32_t index, Stream stream);
   Status window_layer(std::uint32_t index, const LayerTensors& layer, Stream stream);
