@@ -1,0 +1,91 @@
+// Sealing: saliency and ranks of a window, packing, and what stays in the tail.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "cache/cuda/device_cache.h"
+#include "cache/cuda/step_status.h"
+
+namespace zipcache::cuda {
+
+// Seals what is due of a window and puts the rest into the tail.
+Status DeviceCache::keep(std::uint32_t index, std::size_t n, float scale,
+                         const ProbeParams& queries, Stream stream) {
+  const TableShape& shape = table_.shape();
+  const StreamStep& s = step_.streams[n];
+  const Uploaded& at = at_[n];
+  const RowsAt rows = window(n);
+  const std::size_t n_window = s.window_cells.size();
+  if (!s.seals.empty() && table_.policy().ranks() && queries.n_probes > 0) {
+    ProbeParams probes = queries;
+    probes.n_tokens = static_cast<int>(n_window);
+    probes.n_kv_heads = static_cast<int>(shape.n_kv_heads);
+    probes.n_heads = static_cast<int>(in_.n_heads);
+    probes.head_dim = static_cast<int>(shape.head_dim);
+    probes.scale = scale;
+    probes.k = rows.k;
+    probes.token_stride = rows.token_stride;
+    probes.positions = sent<std::int32_t>(at.probe_positions);
+    probes.saliency = saliency_.as<float>();
+    ZC_TRY(probe_saliency(probes, stream));
+  } else if (!s.seals.empty()) {  // all alike
+    ZC_TRY(to_status(cudaMemsetAsync(saliency_.as<float>(), 0,
+                                     shape.n_kv_heads * n_window * sizeof(float), stream),
+                     "ranks"));
+  }
+  for (std::size_t i = 0; i < s.seals.size(); ++i) {
+    const StreamStep::Seal& seal = s.seals[i];
+    const PagedBlock& block = *seal.block;
+    ZC_TRY(rank_tokens({.n_tokens = static_cast<int>(block.n_tokens),
+                        .n_kv_heads = static_cast<int>(shape.n_kv_heads),
+                        .saliency = saliency_.as<float>() + seal.window_begin,
+                        .head_stride = static_cast<std::int64_t>(n_window),
+                        .order = order_.as<std::int32_t>(),
+                        .kept = ranks_.layer<std::uint16_t>(index) + block.first_rank,
+                        .kept_stride = block.rank_stride()},
+                       stream));
+    PackParams p;
+    p.n_tokens = static_cast<int>(block.n_tokens);
+    p.n_kv_heads = static_cast<int>(shape.n_kv_heads);
+    p.head_dim = static_cast<int>(shape.head_dim);
+    p.k = rows.k + seal.window_begin * rows.token_stride;
+    p.v = rows.v + seal.window_begin * rows.token_stride;
+    p.token_stride = rows.token_stride;
+    p.order = order_.as<std::int32_t>();
+    // All classes of the policy, because the pages name them by their index there.
+    const auto widths = page_classes(table_.policy());
+    p.n_classes = kPolicyClasses;
+    std::copy(widths.begin(), widths.end(), p.classes);
+    for (int c = 0; c < kPolicyClasses; ++c) {
+      p.key_set[c] = -1;  // absent
+      p.key_clip[c] = p.value_clip[c] = 1;
+    }
+    for (int c = 0; c < block.classes.n_classes; ++c) {
+      const BlockClass& cls = block.classes.classes[c];
+      p.class_tokens[cls.cls] = static_cast<int>(cls.n_tokens);
+      p.key_set[cls.cls] = cls.key_set;
+      p.key_clip[cls.cls] = cls.key_clip;
+      p.value_clip[cls.cls] = cls.value_clip;
+    }
+    p.n_key_sets = block.classes.n_key_sets;
+    p.keep_factors = !seal.is_first;
+    p.pool = const_cast<std::uint8_t*>(pool(index));
+    p.pages = sent<PageEntry>(at.seal_pages[i]);
+    p.key_sets =
+        key_sets_.layer<HalfBits>(index) + std::size_t{block.first_set} * 2 * shape.head_dim;
+    p.value_factors = value_factors_.layer<float>(index) +
+                      std::size_t{s.stream} * shape.n_kv_heads * shape.head_dim;
+    p.workspace = workspace_.as<std::uint32_t>();
+    ZC_TRY(pack(p, stream));
+  }
+  return move_rows({.n_tokens = static_cast<int>(s.keep_from.size()),
+                    .n_kv_heads = static_cast<int>(shape.n_kv_heads),
+                    .head_dim = static_cast<int>(shape.head_dim),
+                    .source = rows,
+                    .target = tail(index, s.stream),
+                    .from = sent<std::int32_t>(at.keep_from),
+                    .to = sent<std::int32_t>(at.keep_to)},
+                   stream);
+}
+
+}  // namespace zipcache::cuda
