@@ -15,6 +15,7 @@
 #include "ggml/attention_node.h"
 #include "ggml/buffer.h"
 #include "ggml/buffer_locks.h"
+#include "ggml/guards.h"
 #include "ggml/log.h"
 #include "ggml/registry.h"
 #include "ggml/shift_node.h"
@@ -61,11 +62,6 @@ class Backend {
   }
 
  private:
-  static ggml_status failed(const Error& error) {
-    log_error(error.message);
-    return error.code == ErrorCode::kOutOfMemory ? GGML_STATUS_ALLOC_FAILED : GGML_STATUS_FAILED;
-  }
-
   // Makes nodes_ of the graph's. The host computes a graph many times under one uid.
   void rewrite(const ggml_cgraph* graph) {
     if (graph->uid != 0 && graph->uid == uid_) {

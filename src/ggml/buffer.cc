@@ -10,6 +10,7 @@
 
 #include "ggml-backend-impl.h"
 #include "ggml.h"
+#include "ggml/guards.h"
 #include "ggml/log.h"
 #include "ggml/registry.h"
 #include "ggml/report.h"
@@ -24,29 +25,12 @@ KvBuffer* context_of(ggml_backend_buffer_t buffer) {
   return static_cast<KvBuffer*>(buffer->context);
 }
 
-// Runs `work` so that nothing is thrown into the host.
-template <typename Work>
-Status guarded(Work&& work) {
-  try {
-    return work();
-  } catch (const std::bad_alloc&) {
-    return out_of_memory("no memory left");
-  } catch (const std::exception& error) {
-    return invalid_argument(error.what());
-  }
-}
-
 // For callbacks by which the host can't be told: a line now, and the next graph fails.
 void must_succeed(KvBuffer* buffer, const char* what, const Status& done) {
   if (!done) {
     log_error(std::string(what) + ": " + done.error().message);
     buffer->keep_error(done.error());
   }
-}
-
-// Where byte `offset` of a KV tensor's view lies in the tensor itself.
-std::size_t offset_in_base(const ggml_tensor* tensor, std::size_t offset) {
-  return (tensor->view_src != nullptr ? tensor->view_offs : 0) + offset;
 }
 
 void free_buffer(ggml_backend_buffer_t buffer) {
@@ -78,9 +62,7 @@ ggml_status init_tensor(ggml_backend_buffer_t buffer, ggml_tensor* tensor) {
   const bool first = !context->has_kv();
   const Status added = guarded([&] { return context->add(tensor, *name); });
   if (!added) {
-    log_error(added.error().message);
-    return added.error().code == ErrorCode::kOutOfMemory ? GGML_STATUS_ALLOC_FAILED
-                                                         : GGML_STATUS_FAILED;
+    return failed(added.error());
   }
   if (first) {
     report_opened(context);

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "cache/cuda/device_cache.h"
+#include "cache/cuda/mask_summary.h"
 #include "cache/cuda/step_status.h"
 
 namespace zipcache::cuda {
@@ -26,61 +27,79 @@ std::size_t append(std::vector<std::byte>& bytes, const std::vector<T>& values) 
 
 }  // namespace
 
-// Which cells come and who sees what, from the device.
-Expected<Step> DeviceCache::read_step(const StepTensors& in, Stream stream) {
+// Who sees what and which cells come, into flags_, row_counts_ and rows_.
+Status DeviceCache::summarize(const StepTensors& in, Stream stream) {
   const std::size_t n_tokens = std::size_t{in.n_streams} * in.n_per_stream;
   const std::size_t n_flags = std::size_t{in.n_streams} * in.n_cells;
   const std::size_t row_bytes = n_tokens * (in.rows_are_narrow ? 4 : 8);
   const std::size_t flags_at = n_tokens * 4, rows_at = (flags_at + n_flags + 15) / 16 * 16;
-  if (Status ok = summary_.ensure(rows_at, stream); !ok) {
-    return ok.error();
+  const bool mask_is_here = in.mask == nullptr || !in.host_mask.empty();
+  const bool rows_are_here = in.host_rows.size() >= row_bytes;
+  flags_.resize(n_flags);
+  row_counts_.resize(n_tokens);
+  rows_.resize(n_tokens);
+
+  MaskSummaryParams mask;
+  mask.n_planes = static_cast<int>(in.n_streams);
+  mask.n_rows = static_cast<int>(in.n_per_stream);
+  mask.n_cells = static_cast<int>(in.n_cells);
+  mask.mask = in.mask;
+  mask.plane_stride = in.mask_plane_stride;
+  mask.row_stride = in.mask_row_stride;
+  std::byte* host = nullptr;
+  if (!mask_is_here || !rows_are_here) {
+    ZC_TRY(summary_.ensure(rows_at, stream));
+    ZC_TRY(summary_host_.ensure(rows_at + row_bytes));
+    host = summary_host_.as<std::byte>();
   }
-  if (Status ok = summary_host_.ensure(rows_at + row_bytes); !ok) {
-    return ok.error();
-  }
-  auto* const host = summary_host_.as<std::byte>();
-  auto* const device = summary_.as<std::byte>();
-  if (in.mask != nullptr) {
-    MaskSummaryParams mask;
-    mask.n_planes = static_cast<int>(in.n_streams);
-    mask.n_rows = static_cast<int>(in.n_per_stream);
-    mask.n_cells = static_cast<int>(in.n_cells);
-    mask.mask = in.mask;
-    mask.plane_stride = in.mask_plane_stride;
-    mask.row_stride = in.mask_row_stride;
+  if (!mask_is_here) {
+    auto* const device = summary_.as<std::byte>();
     mask.row_counts = reinterpret_cast<std::int32_t*>(device);
     mask.flags = reinterpret_cast<std::uint8_t*>(device + flags_at);
-    Status ok = to_status(cudaMemsetAsync(device, 0, flags_at, stream), "mask summary");
-    ok = ok ? summarize_mask(mask, stream) : ok;
-    ok = ok ? copy_async(host, device, flags_at + n_flags, cudaMemcpyDeviceToHost, stream) : ok;
-    if (!ok) {
-      return ok.error();
-    }
+    ZC_TRY(to_status(cudaMemsetAsync(device, 0, flags_at, stream), "mask summary"));
+    ZC_TRY(summarize_mask(mask, stream));
+    ZC_TRY(copy_async(host, device, flags_at + n_flags, cudaMemcpyDeviceToHost, stream));
   }
-  Status ok = copy_async(host + rows_at, in.rows, row_bytes, cudaMemcpyDeviceToHost, stream);
-  ok = ok ? to_status(cudaStreamSynchronize(stream), "reading a step") : ok;
-  if (!ok) {
-    return ok.error();
+  if (!rows_are_here) {
+    ZC_TRY(copy_async(host + rows_at, in.rows, row_bytes, cudaMemcpyDeviceToHost, stream));
+  }
+  if (host != nullptr) {
+    ZC_TRY(to_status(cudaStreamSynchronize(stream), "reading a step"));
   }
   if (in.mask == nullptr) {
-    std::memset(host + flags_at, kSeenByAny | kSeenByAll, n_flags);
-    std::fill_n(reinterpret_cast<std::int32_t*>(host), n_tokens,
-                static_cast<std::int32_t>(in.n_cells));
+    std::fill(flags_.begin(), flags_.end(), kSeenByAny | kSeenByAll);
+    std::fill(row_counts_.begin(), row_counts_.end(), static_cast<std::int32_t>(in.n_cells));
+  } else if (mask_is_here) {
+    mask.mask = reinterpret_cast<const HalfBits*>(in.host_mask.data());
+    mask.flags = flags_.data();
+    mask.row_counts = row_counts_.data();
+    summarize_mask_on_host(mask);
+  } else {
+    std::memcpy(row_counts_.data(), host, flags_at);
+    std::memcpy(flags_.data(), host + flags_at, n_flags);
   }
-  std::vector<std::int64_t> rows(n_tokens);
+  const std::byte* const rows = rows_are_here ? in.host_rows.data() : host + rows_at;
   for (std::size_t i = 0; i < n_tokens; ++i) {
-    rows[i] = in.rows_are_narrow ? reinterpret_cast<const std::int32_t*>(host + rows_at)[i]
-                                 : reinterpret_cast<const std::int64_t*>(host + rows_at)[i];
+    std::int32_t narrow = 0;
+    std::memcpy(in.rows_are_narrow ? static_cast<void*>(&narrow) : &rows_[i],
+                rows + i * (in.rows_are_narrow ? 4 : 8), in.rows_are_narrow ? 4 : 8);
+    rows_[i] = in.rows_are_narrow ? narrow : rows_[i];
   }
-  return table_.begin_step(
-      {.first_stream = in.first_stream,
-       .n_streams = in.n_streams,
-       .n_per_stream = in.n_per_stream,
-       .n_cells = in.n_cells,
-       .rows = rows,
-       .flags = {reinterpret_cast<const std::uint8_t*>(host + flags_at), n_flags},
-       .row_counts = {reinterpret_cast<const std::int32_t*>(host), n_tokens},
-       .needs_window = in.needs_window});
+  return ok_status();
+}
+
+Expected<Step> DeviceCache::read_step(const StepTensors& in, Stream stream) {
+  if (Status ok = summarize(in, stream); !ok) {
+    return ok.error();
+  }
+  return table_.begin_step({.first_stream = in.first_stream,
+                            .n_streams = in.n_streams,
+                            .n_per_stream = in.n_per_stream,
+                            .n_cells = in.n_cells,
+                            .rows = rows_,
+                            .flags = flags_,
+                            .row_counts = row_counts_,
+                            .needs_window = in.needs_window});
 }
 
 Status DeviceCache::begin_step(const StepTensors& in, Stream stream) {
@@ -91,6 +110,7 @@ Status DeviceCache::begin_step(const StepTensors& in, Stream stream) {
   }
   n_heads_ = in.n_heads;
   in_ = in;
+  in_.host_rows = in_.host_mask = {};  // good for this call only
   Expected<Step> step = read_step(in, stream);
   if (!step) {
     return step.error();
@@ -107,21 +127,14 @@ Status DeviceCache::begin_step(const StepTensors& in, Stream stream) {
 
 Status DeviceCache::make_room(const StepTensors& in, Stream stream) {
   const TableShape& shape = table_.shape();
-  const std::size_t heads = shape.n_kv_heads, dim = shape.head_dim,
-                    streams = table_.streams_in_use();
+  const std::size_t heads = shape.n_kv_heads, dim = shape.head_dim;
   const std::size_t n_tokens = std::size_t{in.n_streams} * in.n_per_stream;
   const std::size_t query = std::size_t{in.n_heads} * dim;
 
   ZC_TRY(pool_.ensure(table_.pool_bytes()));
   ZC_TRY(key_sets_.ensure(table_.n_sets() * 2 * dim * sizeof(HalfBits), true, stream));
   ZC_TRY(ranks_.ensure(table_.n_ranks() * sizeof(std::uint16_t), true, stream));
-  ZC_TRY(value_factors_.ensure(streams * heads * dim * sizeof(float), false, stream));
-  const std::size_t tail = streams * heads * kTailTokens * dim * sizeof(HalfBits);
-  ZC_TRY(tail_k_.ensure(tail, false, stream));
-  ZC_TRY(tail_v_.ensure(tail, false, stream));
-  ZC_TRY(ring_q_.ensure(streams * kProbeRing * query * sizeof(HalfBits), false, stream));
-  ZC_TRY(ring_lse_.ensure(streams * kProbeRing * in.n_heads * sizeof(float), false, stream));
-  ZC_TRY(last_lse_.ensure(streams * in.n_heads * sizeof(float), false, stream));
+  ZC_TRY(make_room_for_streams(stream));
 
   std::size_t n_window = 0, n_probes = kProbeRing, n_pack = 0, n_pages = 0;
   for (const StreamStep& s : step_.streams) {
@@ -153,6 +166,21 @@ Status DeviceCache::make_room(const StepTensors& in, Stream stream) {
     ZC_TRY(page_cells_.ensure(n_pages * kPageTokens * sizeof(std::int32_t), stream));
   }
   return ok_status();
+}
+
+// What a stream has of its own.
+Status DeviceCache::make_room_for_streams(Stream stream) {
+  const TableShape& shape = table_.shape();
+  const std::size_t streams = table_.streams_in_use();
+  const std::size_t head = std::size_t{shape.n_kv_heads} * shape.head_dim;
+  const std::size_t query = std::size_t{n_heads_} * shape.head_dim;
+  ZC_TRY(value_factors_.ensure(streams * head * sizeof(float), false, stream));
+  const std::size_t tail = streams * kTailTokens * head * sizeof(HalfBits);
+  ZC_TRY(tail_k_.ensure(tail, false, stream));
+  ZC_TRY(tail_v_.ensure(tail, false, stream));
+  ZC_TRY(ring_q_.ensure(streams * kProbeRing * query * sizeof(HalfBits), false, stream));
+  ZC_TRY(ring_lse_.ensure(streams * kProbeRing * n_heads_ * sizeof(float), false, stream));
+  return last_lse_.ensure(streams * n_heads_ * sizeof(float), false, stream);
 }
 
 // All small arrays of the step in one copy. The arrays of every decode step come first, so that a
@@ -221,15 +249,23 @@ Status DeviceCache::upload(const StepTensors& in, Stream stream) {
   std::memcpy(upload_host_.as<std::byte>(), bytes.data(), bytes.size());
   ZC_TRY(copy_async(uploaded_.as<std::byte>(), upload_host_.as<std::byte>(), bytes.size(),
                     cudaMemcpyHostToDevice, stream));
-  if (!step_.is_decode && cells_version_ != table_.block_cells_version()) {
-    const auto cells = table_.block_cells();
-    ZC_TRY(block_cells_.ensure(cells.size_bytes(), stream));
-    ZC_TRY(to_status(cudaMemcpyAsync(block_cells_.as<std::byte>(), cells.data(), cells.size_bytes(),
-                                     cudaMemcpyHostToDevice, stream),
-                     "cells"));
-    cells_version_ = table_.block_cells_version();
+  ZC_TRY(upload_host_.in_use(stream));
+  if (!step_.is_decode) {
+    ZC_TRY(send_block_cells(stream));
   }
   (void)in;
+  return ok_status();
+}
+
+Status DeviceCache::send_block_cells(Stream stream) {
+  if (cells_version_ == table_.block_cells_version()) {
+    return ok_status();
+  }
+  const auto cells = table_.block_cells();
+  ZC_TRY(block_cells_.ensure(cells.size_bytes(), stream));
+  ZC_TRY(copy_async(block_cells_.as<std::byte>(), cells.data(), cells.size_bytes(),
+                    cudaMemcpyHostToDevice, stream));
+  cells_version_ = table_.block_cells_version();
   return ok_status();
 }
 

@@ -148,6 +148,11 @@ Status DeviceCache::end_step(Stream stream) {
        ++index) {
     ZC_TRY(seal_decoded(index, stream));
   }
+  for (const StreamStep& s : step_.streams) {
+    if (!s.restored_from.empty()) {
+      restored_.erase(s.stream);
+    }
+  }
   return ok_status();
 }
 

@@ -88,10 +88,14 @@ std::size_t DeviceCache::device_bytes() const {
                                     &ring_q_, &ring_lse_, &last_lse_}) {
     bytes += array->bytes();
   }
-  for (const DeviceArray* array :
-       {&block_cells_, &summary_, &uploaded_, &window_, &q_half_, &lse_, &probe_q_, &probe_lse_,
-        &saliency_, &order_, &workspace_, &page_cells_, &partials_, &prefill_tickets_,
-        &prefill_partials_, &plan_items_, &plan_pages_, &tickets_}) {
+  for (const DeviceArray* array : {&block_cells_, &summary_,         &uploaded_,
+                                   &window_,      &q_half_,          &lse_,
+                                   &probe_q_,     &probe_lse_,       &saliency_,
+                                   &order_,       &workspace_,       &page_cells_,
+                                   &partials_,    &prefill_tickets_, &prefill_partials_,
+                                   &plan_items_,  &plan_pages_,      &tickets_,
+                                   &dense_,       &listed_pages_,    &listed_sources_,
+                                   &moved_from_,  &moved_to_}) {
     bytes += array->bytes();
   }
   return bytes;

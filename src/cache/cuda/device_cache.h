@@ -1,21 +1,19 @@
 // DeviceCache: K and V of a group of layers in GPU memory. A PageTable says where tokens are; this
 // runs the kernels. One step of the engine:
 //
-//   begin_step()  reads which cells come and what their rows see (waits for the device, once),
-//   plans
-//                 the step for all layers and sends the plan
+//   begin_step()  reads which cells come and what their rows see (of the engine's bytes, or waits
+//                 for the device, once), plans the step for all layers and sends the plan
 //   run_layer()   of every layer, in the engine's order: stores the new tokens, attends, and, but
-//   in
-//                 decode, seals what is due. Only enqueues work
+//                 in decode, seals what is due. Only enqueues work
 //   end_step()    seals what is due in decode, of all layers: not among their launches, so that
-//   these
-//                 are the same in every step
+//                 these are the same in every step
 //
 // Not thread-safe. All work goes to the stream that is given.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <optional>
 #include <span>
@@ -40,6 +38,9 @@ struct StepTensors {
   std::uint32_t n_cells = 0;  // that the mask covers
   std::uint32_t n_heads = 0;
   bool needs_window = false;  // soft cap, sinks or ALiBi
+
+  // The bytes of `rows` and `mask` in host memory, until begin_step() returns; empty: not known.
+  std::span<const std::byte> host_rows, host_mask;
 };
 
 // Of one layer: new keys and values [tokens, n_kv_heads, head_dim], strides in floats; queries and
@@ -74,7 +75,21 @@ class DeviceCache {
   // returned: the launches of the step and their arguments are the same. 0: no.
   std::uint64_t repeatable() const { return repeatable_; }
 
-  void clear() { table_.clear(); }
+  // Between steps, when no work of theirs is pending: rows of cells [first_cell, + n_cells) of a
+  // stream, [n_cells, n_kv_heads * head_dim], in host memory. Cells that hold nothing read as
+  // zeros. What is written stays exact until it is sealed: in a later step of the stream, by whose
+  // queries it is ranked.
+  Status read_rows(std::uint32_t index, bool is_key, std::uint32_t of_stream,
+                   std::uint32_t first_cell, std::uint32_t n_cells, HalfBits* out, Stream stream);
+  Status write_rows(std::uint32_t index, bool is_key, std::uint32_t of_stream,
+                    std::uint32_t first_cell, std::uint32_t n_cells, const HalfBits* rows);
+  // `to` holds what `from` holds, in all layers. Sealed tokens are not copied but shared.
+  Status copy_stream(std::uint32_t from, std::uint32_t to, Stream stream);
+
+  void clear() {
+    table_.clear();
+    restored_.clear();
+  }
   const PageTable& table() const { return table_; }
   // As the driver counts them: all that was asked of it, scratch included.
   std::size_t device_bytes() const;
@@ -84,7 +99,10 @@ class DeviceCache {
   DeviceCache(const TableShape& shape, const policy::Policy& policy) : table_(shape, policy) {}
 
   Expected<Step> read_step(const StepTensors& in, Stream stream);
+  Status summarize(const StepTensors& in, Stream stream);
   Status make_room(const StepTensors& in, Stream stream);
+  Status make_room_for_streams(Stream stream);
+  Status send_block_cells(Stream stream);
   Status upload(const StepTensors& in, Stream stream);
   Status plan_decode_launch(Stream stream);
   template <typename T>
@@ -101,6 +119,15 @@ class DeviceCache {
   Status window_layer(std::uint32_t index, const LayerTensors& layer, Stream stream);
   Status keep(std::uint32_t index, std::size_t s, float scale, const ProbeParams& probes,
               Stream stream);
+  RowsAt dense_rows(HalfBits* k, HalfBits* v) const;
+  template <typename FirstCell>
+  Status list_pages(std::uint32_t index, std::span<const std::shared_ptr<PagedBlock>> blocks,
+                    const std::int32_t* cells, FirstCell first_cell, Stream stream);
+  Status unpack_listed(std::uint32_t index, std::uint32_t of_stream, std::uint32_t first_row,
+                       std::uint32_t end_row, const RowsAt& to, Stream stream);
+  std::span<const HalfBits> restored_row(std::uint32_t of_stream, std::uint32_t index, bool is_key,
+                                         std::size_t slot) const;
+  Status take_restored(std::uint32_t index, std::size_t n, Stream stream);
   std::uint64_t launch_key() const;
   RowsAt tail(std::uint32_t index, std::uint32_t stream) const;
   RowsAt window(std::size_t s) const;
@@ -133,9 +160,19 @@ class DeviceCache {
   DeviceArray summary_, uploaded_, window_, q_half_, lse_, probe_q_, probe_lse_, saliency_, order_,
       workspace_, page_cells_, partials_, prefill_tickets_, prefill_partials_;
   PinnedArray summary_host_, upload_host_;
+  // Of the step's new tokens and of what their rows see, on the host; see StepInput.
+  std::vector<std::int64_t> rows_;
+  std::vector<std::uint8_t> flags_;
+  std::vector<std::int32_t> row_counts_;
   std::vector<std::byte> upload_bytes_;
   std::size_t place_ = 0, ring_at_ = 0, tail_counts_ = 0, zeros_ = 0, ring_positions_ = 0;
   std::vector<Uploaded> at_;
+
+  // Restored rows by stream: of every layer keys and values, [slots, n_kv_heads * head_dim].
+  std::map<std::uint32_t, std::vector<std::vector<HalfBits>>> restored_;
+  // Between steps.
+  DeviceArray dense_, listed_pages_, listed_sources_, moved_from_, moved_to_;
+  int n_listed_ = 0;
 
   // The decode launch.
   std::optional<DecodeSetup> decode_setup_;

@@ -205,9 +205,33 @@ Status LayeredArray::ensure(std::size_t bytes_per_layer, bool headroom, Stream s
   return ok_status();
 }
 
-PinnedArray::~PinnedArray() { cudaFreeHost(data_); }
+PinnedArray::~PinnedArray() {
+  if (done_ != nullptr) {
+    cudaEventSynchronize(static_cast<cudaEvent_t>(done_));
+    cudaEventDestroy(static_cast<cudaEvent_t>(done_));
+  }
+  cudaFreeHost(data_);
+}
+
+Status PinnedArray::in_use(Stream stream) {
+  if (done_ == nullptr) {
+    cudaEvent_t event = nullptr;
+    if (Status ok = to_status(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "event");
+        !ok) {
+      return ok;
+    }
+    done_ = event;
+  }
+  return to_status(cudaEventRecord(static_cast<cudaEvent_t>(done_), stream), "event");
+}
 
 Status PinnedArray::ensure(std::size_t bytes) {
+  if (done_ != nullptr) {
+    if (Status ok = to_status(cudaEventSynchronize(static_cast<cudaEvent_t>(done_)), "copies");
+        !ok) {
+      return ok;
+    }
+  }
   if (bytes <= bytes_) {
     return ok_status();
   }

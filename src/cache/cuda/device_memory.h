@@ -70,6 +70,7 @@ class LayeredArray {
   T* layer(std::size_t index) const {
     return reinterpret_cast<T*>(static_cast<std::byte*>(data_) + index * per_layer_);
   }
+  std::size_t stride_bytes() const { return per_layer_; }
   std::size_t bytes() const { return n_layers_ * per_layer_; }
 
  private:
@@ -80,8 +81,14 @@ class LayeredArray {
 // Host memory that copies to and from the device do not wait for.
 class PinnedArray {
  public:
+  PinnedArray() = default;
   ~PinnedArray();
+  PinnedArray(const PinnedArray&) = delete;
+  PinnedArray& operator=(const PinnedArray&) = delete;
+  // Waits for the copies that in_use() was told of.
   Status ensure(std::size_t bytes);
+  // The work so far in `stream` reads or writes it.
+  Status in_use(Stream stream);
   template <typename T>
   T* as() const {
     return static_cast<T*>(data_);
@@ -90,6 +97,7 @@ class PinnedArray {
  private:
   void* data_ = nullptr;
   std::size_t bytes_ = 0;
+  void* done_ = nullptr;  // cudaEvent_t
 };
 
 }  // namespace zipcache::cuda

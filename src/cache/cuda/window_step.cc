@@ -12,6 +12,7 @@ Status DeviceCache::window_layer(std::uint32_t index, const LayerTensors& layer,
   const std::size_t n_per_stream = step_.n_per_stream;
   for (std::size_t n = 0; n < step_.streams.size(); ++n) {
     ZC_TRY(gather(index, n, stream));
+    ZC_TRY(take_restored(index, n, stream));
   }
   const IngestParams put = ingest_params(layer, n_per_stream, window(0));
   ZC_TRY(ingest(put, stream));

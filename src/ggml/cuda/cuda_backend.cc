@@ -1,6 +1,7 @@
 // One backend object of ZipCacheCUDA: hands runs of nodes to a CUDA backend of the host and the KV
-// nodes between them to the DeviceCache, on a stream of its own. Events keep the order; the host
-// waits once per graph, to learn which cells come and what their rows see.
+// nodes between them to the DeviceCache, on a stream of its own. Events keep the order. Which cells
+// come and what their rows see is read in the host's own bytes, or, where these are many, once per
+// graph from the device.
 //
 // A decode step whose launches are those of the step before is captured, the host's kernels
 // included, and repeated as one CUDA graph: crossing streams twice a layer costs nothing there.
@@ -13,6 +14,7 @@
 #include <memory>
 #include <new>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -22,6 +24,7 @@
 #include "ggml/cuda/cuda_buffer.h"
 #include "ggml/cuda/cuda_node.h"
 #include "ggml/cuda/cuda_registry.h"
+#include "ggml/guards.h"
 #include "ggml/log.h"
 
 namespace zipcache::ggml {
@@ -105,17 +108,14 @@ class Backend {
     Status done = repeat_or_run(key);
     for (const auto& [group, nodes] : groups_) {
       done = done ? group->cache->end_step(stream_) : done;
+      forget_host_bytes(nodes.keys->src[1]);
+      forget_host_bytes(nodes.attend->src[3]);
     }
     wait_for_ours();
     return done ? GGML_STATUS_SUCCESS : failed(done.error());
   }
 
  private:
-  static ggml_status failed(const Error& error) {
-    log_error(error.message);
-    return error.code == ErrorCode::kOutOfMemory ? GGML_STATUS_ALLOC_FAILED : GGML_STATUS_FAILED;
-  }
-
   void wait_for_theirs() {
     ggml_backend_event_record(theirs_done_, inner_);
     cudaStreamWaitEvent(stream_, static_cast<cudaEvent_t>(theirs_done_->context), 0);
@@ -130,7 +130,10 @@ class Backend {
     if (Status opened = group->buffer->open(group, shape.n_kv_heads, shape.key_dim); !opened) {
       return opened;
     }
-    if (Status begun = group->cache->begin_step(step_tensors(nodes), stream_); !begun) {
+    cuda::StepTensors step = step_tensors(nodes);
+    step.host_rows = host_bytes(nodes.keys->src[1]);
+    step.host_mask = host_bytes(nodes.attend->src[3]);
+    if (Status begun = group->cache->begin_step(step, stream_); !begun) {
       return begun;
     }
     const cache::Budget& budget = *group->buffer->settings().budget;
@@ -140,6 +143,18 @@ class Backend {
                            "; raise ZIPCACHE_LIMIT_MIB or shorten the context");
     }
     return ok_status();
+  }
+
+  // What the host wrote to an input before this graph, if that is known.
+  static std::span<const std::byte> host_bytes(const ggml_tensor* input) {
+    CudaKvBuffer* const buffer = input != nullptr ? cuda_buffer_of(input) : nullptr;
+    return buffer != nullptr ? buffer->host_inputs().bytes_of(input->data, ggml_nbytes(input))
+                             : std::span<const std::byte>();
+  }
+  static void forget_host_bytes(const ggml_tensor* input) {
+    if (CudaKvBuffer* const buffer = input != nullptr ? cuda_buffer_of(input) : nullptr) {
+      buffer->host_inputs().forget();
+    }
   }
 
   // Seen once: run. Seen twice: captured. From then on: repeated. Where a graph of as many nodes

@@ -13,15 +13,13 @@
 #include "ggml-backend-impl.h"
 #include "ggml.h"
 #include "ggml/cuda/cuda_registry.h"
+#include "ggml/cuda/cuda_state.h"
+#include "ggml/guards.h"
 #include "ggml/log.h"
 #include "ggml/take_over.h"
 
 namespace zipcache::ggml {
 namespace {
-
-constexpr const char* kRemedy =
-    " is not served on CUDA yet (sequence state, stream copies, prompt caches); run without them "
-    "(llama-server: --cache-ram 0), or with -dev ZipCache";
 
 CudaKvBuffer* context_of(ggml_backend_buffer_t buffer) {
   return static_cast<CudaKvBuffer*>(buffer->context);
@@ -37,11 +35,17 @@ void finish(cudaError_t started, const char* what) {
   }
 }
 
-void refuse(const ggml_tensor* tensor, const char* what) {
-  const CudaKvTensor* kv = cuda_kv_tensor(tensor);
-  const Error error = unsupported(std::string(what) + kRemedy);
-  log_error(error.message);
-  kv->group->buffer->keep_error(error);
+// Runs `access` on a KV tensor under its buffer's lock. The host can't be told that it failed: a
+// line now, and the next graph fails.
+template <typename Access>
+void with_kv(const CudaKvTensor* kv, const char* what, Access&& access) {
+  CudaKvBuffer* const buffer = kv->group->buffer;
+  const std::lock_guard lock(buffer->mutex());
+  const Status done = guarded(access);
+  if (!done) {
+    log_error(std::string(what) + ": " + done.error().message);
+    buffer->keep_error(done.error());
+  }
 }
 
 std::string report_line(const CudaKvBuffer& buffer, bool as_json) {
@@ -121,22 +125,15 @@ ggml_status init_tensor(ggml_backend_buffer_t buffer, ggml_tensor* tensor) {
     return GGML_STATUS_SUCCESS;
   }
   CudaKvBuffer* context = context_of(buffer);
-  Status done = ok_status();
-  try {
+  const Status done = guarded([&] {
     const auto name =
         takes_over() && tensor->op == GGML_OP_NONE ? parse_kv_name(tensor->name) : std::nullopt;
-    if (name) {
-      done = context->add(tensor, *name);
-    } else if (!context->has_memory()) {
-      done = context->give_memory();
-    }
-  } catch (const std::exception& error) {
-    done = invalid_argument(error.what());
-  }
+    return name                    ? context->add(tensor, *name)
+           : context->has_memory() ? ok_status()
+                                   : context->give_memory();
+  });
   if (!done) {
-    log_error(done.error().message);
-    return done.error().code == ErrorCode::kOutOfMemory ? GGML_STATUS_ALLOC_FAILED
-                                                        : GGML_STATUS_FAILED;
+    return failed(done.error());
   }
   // Matrix kernels read whole blocks of 512 elements of quantized rows: what follows must be zeros.
   if (ggml_is_quantized(tensor->type) && buffer->usage != GGML_BACKEND_BUFFER_USAGE_COMPUTE) {
@@ -151,21 +148,28 @@ ggml_status init_tensor(ggml_backend_buffer_t buffer, ggml_tensor* tensor) {
   return GGML_STATUS_SUCCESS;
 }
 
-void memset_tensor(ggml_backend_buffer_t /*buffer*/, ggml_tensor* tensor, std::uint8_t value,
+void memset_tensor(ggml_backend_buffer_t buffer, ggml_tensor* tensor, std::uint8_t value,
                    std::size_t offset, std::size_t size) {
-  if (cuda_kv_tensor(tensor) != nullptr) {
-    return refuse(tensor, "filling the KV cache");
+  if (const CudaKvTensor* kv = cuda_kv_tensor(tensor)) {
+    return with_kv(kv, "filling the KV cache", [&]() -> Status {
+      return value == 0 ? write_kv_zeros(*kv, offset_in_base(tensor, offset), size)
+                        : unsupported("only zeros may fill it");
+    });
   }
+  context_of(buffer)->host_inputs().written(static_cast<std::byte*>(tensor->data) + offset, size);
   finish(cudaMemsetAsync(static_cast<std::byte*>(tensor->data) + offset, value, size,
                          cudaStreamPerThread),
          "memset");
 }
 
-void set_tensor(ggml_backend_buffer_t /*buffer*/, ggml_tensor* tensor, const void* data,
+void set_tensor(ggml_backend_buffer_t buffer, ggml_tensor* tensor, const void* data,
                 std::size_t offset, std::size_t size) {
-  if (cuda_kv_tensor(tensor) != nullptr) {
-    return refuse(tensor, "writing to the KV cache");
+  if (const CudaKvTensor* kv = cuda_kv_tensor(tensor)) {
+    return with_kv(kv, "writing to the KV cache",
+                   [&] { return write_kv(*kv, offset_in_base(tensor, offset), size, data); });
   }
+  context_of(buffer)->host_inputs().written(static_cast<std::byte*>(tensor->data) + offset, data,
+                                            size);
   finish(cudaMemcpyAsync(static_cast<std::byte*>(tensor->data) + offset, data, size,
                          cudaMemcpyHostToDevice, cudaStreamPerThread),
          "copy to the device");
@@ -173,24 +177,35 @@ void set_tensor(ggml_backend_buffer_t /*buffer*/, ggml_tensor* tensor, const voi
 
 void get_tensor(ggml_backend_buffer_t /*buffer*/, const ggml_tensor* tensor, void* data,
                 std::size_t offset, std::size_t size) {
-  if (cuda_kv_tensor(tensor) != nullptr) {
-    std::fill_n(static_cast<std::byte*>(data), size, std::byte{0});
-    return refuse(tensor, "reading the KV cache");
+  if (const CudaKvTensor* kv = cuda_kv_tensor(tensor)) {
+    return with_kv(kv, "reading the KV cache",
+                   [&] { return read_kv(*kv, offset_in_base(tensor, offset), size, data); });
   }
   finish(cudaMemcpyAsync(data, static_cast<const std::byte*>(tensor->data) + offset, size,
                          cudaMemcpyDeviceToHost, cudaStreamPerThread),
          "copy from the device");
 }
 
+// False: the host copies by way of memory of its own.
 bool copy_tensor(ggml_backend_buffer_t buffer, const ggml_tensor* source, ggml_tensor* target) {
-  const ggml_backend_buffer_t from = base_of(source)->buffer;
-  if (from == nullptr || from->buft != buffer->buft) {
+  const ggml_backend_buffer_t source_buffer = base_of(source)->buffer;
+  if (source_buffer == nullptr || source_buffer->buft != buffer->buft) {
     return false;
   }
-  if (cuda_kv_tensor(source) != nullptr || cuda_kv_tensor(target) != nullptr) {
-    refuse(cuda_kv_tensor(source) != nullptr ? source : target, "copying the KV cache");
+  const CudaKvTensor* const from = cuda_kv_tensor(source);
+  const CudaKvTensor* const to = cuda_kv_tensor(target);
+  if ((from != nullptr) != (to != nullptr) ||
+      (from != nullptr && from->group->buffer != to->group->buffer)) {
+    return false;
+  }
+  if (from != nullptr) {
+    with_kv(to, "copying the KV cache", [&] {
+      return copy_kv(*from, offset_in_base(source, 0), *to, offset_in_base(target, 0),
+                     ggml_nbytes(source));
+    });
     return true;
   }
+  context_of(buffer)->host_inputs().written(target->data, ggml_nbytes(source));
   finish(cudaMemcpyAsync(target->data, source->data, ggml_nbytes(source), cudaMemcpyDeviceToDevice,
                          cudaStreamPerThread),
          "copy on the device");
@@ -201,6 +216,7 @@ void clear_buffer(ggml_backend_buffer_t buffer, std::uint8_t value) {
   CudaKvBuffer* context = context_of(buffer);
   const std::lock_guard lock(context->mutex());
   context->clear();
+  context->host_inputs().forget();
   if (context->has_memory()) {
     cudaDeviceSynchronize();
     finish(cudaMemsetAsync(context->base(), value, context->size(), cudaStreamPerThread), "clear");
@@ -280,12 +296,11 @@ Status CudaKvBuffer::add(ggml_tensor* tensor, const KvName& name) {
            g.n_streams == narrow(tensor->ne[2]);
   });
   if (group == groups_.end()) {
-    groups_.push_back({.buffer = this,
-                       .row = narrow(tensor->ne[0]),
-                       .n_cells = narrow(tensor->ne[1]),
-                       .n_streams = narrow(tensor->ne[2]),
-                       .layers = {},
-                       .cache = nullptr});
+    CudaGroup& added = groups_.emplace_back();
+    added.buffer = this;
+    added.row = narrow(tensor->ne[0]);
+    added.n_cells = narrow(tensor->ne[1]);
+    added.n_streams = narrow(tensor->ne[2]);
     group = std::prev(groups_.end());
   }
   auto layer = std::find(group->layers.begin(), group->layers.end(), name.layer);
@@ -323,6 +338,21 @@ Status CudaKvBuffer::open(CudaGroup* group, std::uint32_t n_kv_heads, std::uint3
   return ok_status();
 }
 
+void CudaKvBuffer::note_heads(CudaGroup* group, std::uint32_t n_kv_heads, std::uint32_t head_dim) {
+  const std::lock_guard lock(mutex_);
+  group->n_kv_heads = n_kv_heads;
+  group->head_dim = head_dim;
+}
+
+Status CudaKvBuffer::open_as_noted(CudaGroup* group) {
+  if (group->cache != nullptr) {
+    return ok_status();
+  }
+  return group->n_kv_heads > 0
+             ? open(group, group->n_kv_heads, group->head_dim)
+             : unsupported("rows come before it is known how they split into heads");
+}
+
 void CudaKvBuffer::clear() {
   for (CudaGroup& group : groups_) {
     if (group.cache != nullptr) {
@@ -333,7 +363,6 @@ void CudaKvBuffer::clear() {
 }
 
 void CudaKvBuffer::keep_error(const Error& error) {
-  const std::lock_guard lock(mutex_);
   if (!error_) {
     error_ = error;
   }
@@ -344,6 +373,11 @@ std::optional<Error> CudaKvBuffer::take_error() { return std::exchange(error_, s
 ggml_backend_buffer_type_t cuda_buffer_type() { return &the_type; }
 
 void set_cuda_buffer_type_device(ggml_backend_dev_t device) { the_type.device = device; }
+
+CudaKvBuffer* cuda_buffer_of(const ggml_tensor* tensor) {
+  const ggml_backend_buffer_t buffer = base_of(tensor)->buffer;
+  return buffer != nullptr && buffer->buft == cuda_buffer_type() ? context_of(buffer) : nullptr;
+}
 
 CudaKvTensor* cuda_kv_tensor(const ggml_tensor* tensor) {
   return takes_over() && is_kv(tensor, cuda_buffer_type())

@@ -44,6 +44,13 @@ ggml_backend_buffer_type_t get_host_buffer_type(ggml_backend_dev_t /*device*/) {
   return ggml_backend_dev_host_buffer_type(inner_device());
 }
 
+void note_heads(const ggml_tensor* attend) {
+  const AttendShape shape = attend_shape(attend);
+  if (const CudaKvTensor* keys = cuda_kv_tensor(attend->src[1])) {
+    keys->group->buffer->note_heads(keys->group, shape.n_kv_heads, shape.key_dim);
+  }
+}
+
 bool supports_op(ggml_backend_dev_t /*device*/, const ggml_tensor* op) {
   if (!takes_over()) {
     return ggml_backend_dev_supports_op(inner_device(), op);
@@ -53,12 +60,14 @@ bool supports_op(ggml_backend_dev_t /*device*/, const ggml_tensor* op) {
     switch (found.kind) {
       case NodeKind::kOther:
         return ggml_backend_dev_supports_op(inner_device(), op);
-      case NodeKind::kStore:
       case NodeKind::kAttend:
+        note_heads(op);
+        return true;
+      case NodeKind::kStore:
+      case NodeKind::kShift:
         return true;
       case NodeKind::kElsewhere:
         return false;
-      case NodeKind::kShift:
       case NodeKind::kRefused:
         // As on the CPU: a "no" would abort, or read the cache elsewhere; it fails when computed.
         log_warning_once(found.reason);
