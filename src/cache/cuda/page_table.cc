@@ -305,8 +305,7 @@ std::shared_ptr<PagedBlock> PageTable::new_block(std::span<const std::int32_t> c
       const BlockClass& cls = classes.classes[n];
       const PageClass widths = classes_[cls.cls];
       const auto size = static_cast<std::uint32_t>(
-          page_bytes(static_cast<int>(shape_.head_dim), widths.key_bits, widths.value_bits) /
-          kTileAlignment);
+          page_bytes(static_cast<int>(shape_.head_dim), widths) / kTileAlignment);
       for (std::uint32_t begin = 0; begin < cls.n_tokens; begin += kPageTokens) {
         const std::uint32_t unit = units_.allocate(size);
         block->page_begin.push_back(unit);
@@ -325,9 +324,8 @@ void PageTable::free_block(const PagedBlock& block) {
   for (std::size_t i = 0; i < block.pages.size(); ++i) {
     const PageClass widths = classes_[block.pages[i].cls];
     units_.release(block.page_begin[i],
-                   static_cast<std::uint32_t>(page_bytes(static_cast<int>(shape_.head_dim),
-                                                         widths.key_bits, widths.value_bits) /
-                                              kTileAlignment));
+                   static_cast<std::uint32_t>(
+                       page_bytes(static_cast<int>(shape_.head_dim), widths) / kTileAlignment));
   }
   sets_.release(block.first_set, shape_.n_kv_heads * block.classes.n_key_sets);
   ranks_.release(block.first_rank, shape_.n_kv_heads * block.rank_stride());

@@ -138,7 +138,7 @@ TEST(PageTable, PagesNeverOverlap) {
       for (const auto& seal : s.seals) {
         for (const PageEntry& page : seal.block->pages) {
           const PageClass widths = page_classes(engine.table().policy())[page.cls];
-          const int size = page_bytes(kDim, widths.key_bits, widths.value_bits) / kTileAlignment;
+          const int size = page_bytes(kDim, widths) / kTileAlignment;
           for (int unit = 0; unit < size; ++unit) {
             EXPECT_TRUE(used.insert(page.unit + unit).second);
           }
