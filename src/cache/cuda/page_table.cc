@@ -16,11 +16,15 @@ constexpr std::uint32_t kMaxSets = 65536;         // PageEntry::set
 PageTable::PageTable(const TableShape& shape, const policy::Policy& policy)
     : shape_(shape),
       policy_(policy),
-      classes_(page_classes(policy)),
+      classes_(page_classes(policy, static_cast<int>(shape.head_dim))),
       chunk_units_(kChunkBytes / kTileAlignment),
       units_(chunk_units_),
       streams_(shape.n_streams),
       held_(std::size_t{shape.n_streams} * shape.n_cells) {}
+
+bool PageTable::has_wide_channels() const {
+  return std::ranges::any_of(classes_, [](PageClass cls) { return cls.wide_chunks > 0; });
+}
 
 Status PageTable::check(const StepInput& in) const {
   if (in.rows.size() != std::size_t{in.n_streams} * in.n_per_stream ||
@@ -243,9 +247,13 @@ StreamStep PageTable::plan_stream(const StepInput& in, std::uint32_t index, bool
     stream.decode_flags.clear();
   }
   stream.n_seen += n_new;
+  stream.has_query_power = stream.has_query_power && !starts;
   if (is_decode && seals.empty()) {
     return out;
   }
+  out.adds_query_power = stream.has_query_power;
+  stream.has_query_power =
+      stream.has_query_power || out.ring_first < kProbeRing || !out.probe_rows.empty();
 
   for (const TailToken& token : window) {
     out.window_cells.push_back(token.cell);
