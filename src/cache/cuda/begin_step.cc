@@ -133,6 +133,9 @@ Status DeviceCache::make_room(const StepTensors& in, Stream stream) {
 
   ZC_TRY(pool_.ensure(table_.pool_bytes()));
   ZC_TRY(key_sets_.ensure(table_.n_sets() * 2 * dim * sizeof(HalfBits), true, stream));
+  if (table_.has_wide_channels()) {
+    ZC_TRY(key_orders_.ensure(table_.n_sets() * dim, true, stream));
+  }
   ZC_TRY(ranks_.ensure(table_.n_ranks() * sizeof(std::uint16_t), true, stream));
   ZC_TRY(make_room_for_streams(stream));
 
@@ -175,6 +178,9 @@ Status DeviceCache::make_room_for_streams(Stream stream) {
   const std::size_t head = std::size_t{shape.n_kv_heads} * shape.head_dim;
   const std::size_t query = std::size_t{n_heads_} * shape.head_dim;
   ZC_TRY(value_factors_.ensure(streams * head * sizeof(float), false, stream));
+  if (table_.has_wide_channels()) {
+    ZC_TRY(query_power_.ensure(streams * head * sizeof(float), false, stream));
+  }
   const std::size_t tail = streams * kTailTokens * head * sizeof(HalfBits);
   ZC_TRY(tail_k_.ensure(tail, false, stream));
   ZC_TRY(tail_v_.ensure(tail, false, stream));
@@ -228,13 +234,19 @@ Status DeviceCache::upload(const StepTensors& in, Stream stream) {
     std::vector<PageSource> sources;
     std::vector<std::int32_t> row_begin{0};
     for (std::uint32_t head = 0; head < heads; ++head) {
-      for (const auto& block : s.visible) {
-        const auto n_pages = static_cast<std::uint32_t>(block->classes.n_pages());
-        for (std::uint32_t page = 0; page < n_pages; ++page) {
-          const PageEntry entry = block->pages[head * n_pages + page];
-          pages.push_back(entry);
-          sources.push_back({block->first_rank + (head * n_pages + page) * kPageTokens,
-                             block->first_cell, entry.tokens});
+      // Each order of channels costs the kernel a reload of its queries: pages as they come first.
+      for (const bool has_wide : {false, true}) {
+        for (const auto& block : s.visible) {
+          const auto n_pages = static_cast<std::uint32_t>(block->classes.n_pages());
+          for (std::uint32_t page = 0; page < n_pages; ++page) {
+            const PageEntry entry = block->pages[head * n_pages + page];
+            if ((table_.classes()[entry.cls].wide_chunks > 0) != has_wide) {
+              continue;
+            }
+            pages.push_back(entry);
+            sources.push_back({block->first_rank + (head * n_pages + page) * kPageTokens,
+                               block->first_cell, entry.tokens});
+          }
         }
       }
       row_begin.push_back(static_cast<std::int32_t>(pages.size()));

@@ -3,6 +3,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <tuple>
 
 #include "cache/cuda/device_cache.h"
 #include "cache/cuda/step_status.h"
@@ -20,7 +21,7 @@ Status DeviceCache::plan_decode_launch(Stream stream) {
       wanted.push_back(block->serial);
     }
   }
-  const auto classes = page_classes(table_.policy());
+  const auto& classes = table_.classes();
   const int group = static_cast<int>(in_.n_heads / shape.n_kv_heads);
   if (!decode_setup_) {
     const auto setup = prepare_decode(static_cast<int>(shape.head_dim), group, classes);
@@ -36,7 +37,8 @@ Status DeviceCache::plan_decode_launch(Stream stream) {
   std::vector<std::int32_t> row_begin{0};
   for (const StreamStep& s : step_.streams) {
     for (std::uint32_t head = 0; head < shape.n_kv_heads; ++head) {
-      // Class by class: a change of class or scale set costs the kernel a reload.
+      // A change of class or scale set costs the kernel a reload. Class by class, but pages with
+      // wide channels set by set: values of two widths share them.
       const std::size_t begin = pages.size();
       for (const auto& block : s.visible) {
         const auto n_pages = static_cast<std::ptrdiff_t>(block->classes.n_pages());
@@ -44,7 +46,13 @@ Status DeviceCache::plan_decode_launch(Stream stream) {
         pages.insert(pages.end(), first, first + n_pages);
       }
       std::stable_sort(pages.begin() + static_cast<std::ptrdiff_t>(begin), pages.end(),
-                       [](const PageEntry& a, const PageEntry& b) { return a.cls < b.cls; });
+                       [&](const PageEntry& a, const PageEntry& b) {
+                         const auto key = [&](const PageEntry& page) {
+                           const bool has_wide = classes[page.cls].wide_chunks > 0;
+                           return std::tuple(has_wide, has_wide ? page.set : 0, page.cls);
+                         };
+                         return key(a) < key(b);
+                       });
       row_begin.push_back(static_cast<std::int32_t>(pages.size()));
     }
   }
@@ -81,9 +89,10 @@ std::uint64_t DeviceCache::launch_key() const {
   mix(step_.first_stream << 8 | step_.streams.size());
   for (const void* pointer :
        {static_cast<const void*>(pool_.data()), key_sets_.layer<const void>(0),
-        value_factors_.layer<const void>(0), tail_k_.layer<const void>(0),
-        tail_v_.layer<const void>(0), ring_q_.layer<const void>(0), ring_lse_.layer<const void>(0),
-        last_lse_.layer<const void>(0), static_cast<const void*>(q_half_.as<std::byte>()),
+        key_orders_.layer<const void>(0), value_factors_.layer<const void>(0),
+        tail_k_.layer<const void>(0), tail_v_.layer<const void>(0), ring_q_.layer<const void>(0),
+        ring_lse_.layer<const void>(0), last_lse_.layer<const void>(0),
+        static_cast<const void*>(q_half_.as<std::byte>()),
         static_cast<const void*>(uploaded_.as<std::byte>()),
         static_cast<const void*>(plan_items_.as<std::byte>()),
         static_cast<const void*>(plan_pages_.as<std::byte>()),
@@ -127,6 +136,7 @@ Status DeviceCache::decode_layer(std::uint32_t index, const LayerTensors& layer,
   attend.pool = pool(index);
   attend.pages = plan_pages_.as<PageEntry>();
   attend.key_sets = key_sets_.layer<HalfBits>(index);
+  attend.key_orders = key_orders_.layer<std::uint8_t>(index);
   attend.value_factors =
       value_factors_.layer<float>(index) + first * shape.n_kv_heads * shape.head_dim;
   attend.tail_k = put.to.k;

@@ -15,8 +15,9 @@ Expected<std::unique_ptr<DeviceCache>> DeviceCache::create(const TableShape& sha
     return ok.error();
   }
   for (LayeredArray* array :
-       {&cache->key_sets_, &cache->ranks_, &cache->value_factors_, &cache->tail_k_, &cache->tail_v_,
-        &cache->ring_q_, &cache->ring_lse_, &cache->last_lse_}) {
+       {&cache->key_sets_, &cache->key_orders_, &cache->query_power_, &cache->ranks_,
+        &cache->value_factors_, &cache->tail_k_, &cache->tail_v_, &cache->ring_q_,
+        &cache->ring_lse_, &cache->last_lse_}) {
     array->set_layers(shape.n_layers);
   }
   const auto blocks = prefill_resident_blocks(static_cast<int>(shape.head_dim));
@@ -84,8 +85,9 @@ Status DeviceCache::gather(std::uint32_t index, std::size_t n, Stream stream) {
 
 std::size_t DeviceCache::device_bytes() const {
   std::size_t bytes = pool_.mapped_bytes();
-  for (const LayeredArray* array : {&key_sets_, &ranks_, &value_factors_, &tail_k_, &tail_v_,
-                                    &ring_q_, &ring_lse_, &last_lse_}) {
+  for (const LayeredArray* array :
+       {&key_sets_, &key_orders_, &query_power_, &ranks_, &value_factors_, &tail_k_, &tail_v_,
+        &ring_q_, &ring_lse_, &last_lse_}) {
     bytes += array->bytes();
   }
   for (const DeviceArray* array : {&block_cells_, &summary_,         &uploaded_,
@@ -105,10 +107,10 @@ cache::ByteCount DeviceCache::bytes() const {
   const TableShape& shape = table_.shape();
   cache::ByteCount count;
   count.codes = pool_.mapped_bytes();
-  count.params = key_sets_.bytes() + value_factors_.bytes();
+  count.params = key_sets_.bytes() + key_orders_.bytes() + value_factors_.bytes();
   count.masks = ranks_.bytes() + block_cells_.bytes();
-  count.staging =
-      tail_k_.bytes() + tail_v_.bytes() + ring_q_.bytes() + ring_lse_.bytes() + last_lse_.bytes();
+  count.staging = tail_k_.bytes() + tail_v_.bytes() + query_power_.bytes() + ring_q_.bytes() +
+                  ring_lse_.bytes() + last_lse_.bytes();
   count.slack = device_bytes() - count.codes - count.params - count.masks - count.staging;
   count.live_tokens = table_.live_tokens() * shape.n_layers;
   count.sealed_tokens = table_.sealed_tokens() * shape.n_layers;

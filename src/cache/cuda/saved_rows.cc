@@ -74,13 +74,13 @@ Status DeviceCache::unpack_listed(std::uint32_t index, std::uint32_t of_stream,
   unpack.n_kv_heads = static_cast<int>(shape.n_kv_heads);
   unpack.head_dim = static_cast<int>(shape.head_dim);
   unpack.pool = pool(index);
-  const auto classes = page_classes(table_.policy());
-  std::copy(classes.begin(), classes.end(), unpack.classes);
+  std::ranges::copy(table_.classes(), unpack.classes);
   unpack.pages = listed_pages_.as<PageEntry>();
   unpack.page_rows = page_cells_.as<std::int32_t>();
   unpack.first_row = static_cast<int>(first_row);
   unpack.end_row = static_cast<int>(end_row);
   unpack.key_sets = key_sets_.layer<HalfBits>(index);
+  unpack.key_orders = key_orders_.layer<std::uint8_t>(index);
   unpack.value_factors = value_factors_.layer<float>(index) +
                          std::size_t{of_stream} * shape.n_kv_heads * shape.head_dim;
   unpack.to = to;
@@ -235,6 +235,9 @@ Status DeviceCache::copy_stream(std::uint32_t from, std::uint32_t to, Stream str
         "copying a stream");
   };
   ZC_TRY(copy(value_factors_, head * sizeof(float)));
+  if (table_.has_wide_channels()) {
+    ZC_TRY(copy(query_power_, head * sizeof(float)));
+  }
   ZC_TRY(copy(tail_k_, kTailTokens * head * sizeof(HalfBits)));
   ZC_TRY(copy(tail_v_, kTailTokens * head * sizeof(HalfBits)));
   return to_status(cudaStreamSynchronize(stream), "copying a stream");

@@ -8,6 +8,27 @@
 
 namespace zipcache::cuda {
 
+Expected<const float*> DeviceCache::add_query_power(std::uint32_t index, const StreamStep& s,
+                                                    const ProbeParams& probes, Stream stream) {
+  if (!table_.has_wide_channels() || (probes.n_probes == 0 && !s.adds_query_power)) {
+    return nullptr;
+  }
+  const TableShape& shape = table_.shape();
+  QueryPowerParams p;
+  p.n_queries = probes.n_probes;
+  p.n_kv_heads = static_cast<int>(shape.n_kv_heads);
+  p.n_heads = static_cast<int>(in_.n_heads);
+  p.head_dim = static_cast<int>(shape.head_dim);
+  p.q = probes.q;
+  p.add = s.adds_query_power;
+  p.power =
+      query_power_.layer<float>(index) + std::size_t{s.stream} * shape.n_kv_heads * shape.head_dim;
+  if (Status ok = query_power(p, stream); !ok) {
+    return ok.error();
+  }
+  return p.power;
+}
+
 // Seals what is due of a window and puts the rest into the tail.
 Status DeviceCache::keep(std::uint32_t index, std::size_t n, float scale,
                          const ProbeParams& queries, Stream stream) {
@@ -33,6 +54,10 @@ Status DeviceCache::keep(std::uint32_t index, std::size_t n, float scale,
                                      shape.n_kv_heads * n_window * sizeof(float), stream),
                      "ranks"));
   }
+  const Expected<const float*> power = add_query_power(index, s, queries, stream);
+  if (!power) {
+    return power.error();
+  }
   for (std::size_t i = 0; i < s.seals.size(); ++i) {
     const StreamStep::Seal& seal = s.seals[i];
     const PagedBlock& block = *seal.block;
@@ -53,9 +78,8 @@ Status DeviceCache::keep(std::uint32_t index, std::size_t n, float scale,
     p.token_stride = rows.token_stride;
     p.order = order_.as<std::int32_t>();
     // All classes of the policy, because the pages name them by their index there.
-    const auto widths = page_classes(table_.policy());
     p.n_classes = kPolicyClasses;
-    std::copy(widths.begin(), widths.end(), p.classes);
+    std::ranges::copy(table_.classes(), p.classes);
     for (int c = 0; c < kPolicyClasses; ++c) {
       p.key_set[c] = -1;  // absent
       p.key_clip[c] = p.value_clip[c] = 1;
@@ -68,11 +92,16 @@ Status DeviceCache::keep(std::uint32_t index, std::size_t n, float scale,
       p.value_clip[cls.cls] = cls.value_clip;
     }
     p.n_key_sets = block.classes.n_key_sets;
+    p.wide_clip = table_.policy().key.rules.wide_clip;
+    p.keep_length = table_.policy().value.rules.keep_length;
+    p.query_power = *power;
     p.keep_factors = !seal.is_first;
     p.pool = const_cast<std::uint8_t*>(pool(index));
     p.pages = sent<PageEntry>(at.seal_pages[i]);
     p.key_sets =
         key_sets_.layer<HalfBits>(index) + std::size_t{block.first_set} * 2 * shape.head_dim;
+    p.key_orders =
+        key_orders_.layer<std::uint8_t>(index) + std::size_t{block.first_set} * shape.head_dim;
     p.value_factors = value_factors_.layer<float>(index) +
                       std::size_t{s.stream} * shape.n_kv_heads * shape.head_dim;
     p.workspace = workspace_.as<std::uint32_t>();

@@ -53,14 +53,14 @@ Status DeviceCache::window_layer(std::uint32_t index, const LayerTensors& layer,
                               .block_cells = block_cells_.as<std::int32_t>(),
                               .page_cells = page_cells_.as<std::int32_t>()},
                              stream));
-      const auto classes = page_classes(table_.policy());
-      std::copy(classes.begin(), classes.end(), attend.classes);
+      std::ranges::copy(table_.classes(), attend.classes);
       attend.pool = pool(index);
       attend.pages = sent<PageEntry>(at.pages);
       attend.page_cells = page_cells_.as<std::int32_t>();
       attend.row_begin = sent<std::int32_t>(at.row_begin);
       attend.set_base = sent<std::int32_t>(zeros_);
       attend.key_sets = key_sets_.layer<HalfBits>(index);
+      attend.key_orders = key_orders_.layer<std::uint8_t>(index);
       attend.value_factors = value_factors_.layer<float>(index) +
                              std::size_t{s.stream} * shape.n_kv_heads * shape.head_dim;
       for (const auto& block : s.visible) {
@@ -78,7 +78,7 @@ Status DeviceCache::window_layer(std::uint32_t index, const LayerTensors& layer,
     ZC_TRY(prefill(attend, stream));
 
     ProbeParams probes;
-    if (!s.seals.empty() && table_.policy().ranks()) {
+    if (table_.has_wide_channels() || (!s.seals.empty() && table_.policy().ranks())) {
       ZC_TRY(gather_probes({.n_probes = static_cast<int>(at.n_probes),
                             .n_heads = put.n_heads,
                             .head_dim = put.head_dim,

@@ -30,6 +30,8 @@ __global__ void __launch_bounds__(kThreads) unpack_kernel(const __grid_constant_
   const PageClass cls = p.classes[entry.cls];
   const uint8_t* const page = p.pool + static_cast<int64_t>(entry.unit) * kTileAlignment;
   const HalfBits* const set = p.key_sets + static_cast<int64_t>(entry.set) * 2 * p.head_dim;
+  const uint8_t* const order =
+      cls.wide_chunks > 0 ? p.key_orders + static_cast<int64_t>(entry.set) * p.head_dim : nullptr;
   const float* const factors = p.value_factors + static_cast<int64_t>(head) * p.head_dim;
   for (int n = threadIdx.x; n < entry.tokens * p.head_dim; n += kThreads) {
     const int slot = n / p.head_dim, channel = n % p.head_dim, token = slot % kTileTokens;
@@ -37,21 +39,21 @@ __global__ void __launch_bounds__(kThreads) unpack_kernel(const __grid_constant_
     if (row < 0 || row < p.first_row || row >= p.end_row) {
       continue;
     }
-    const uint8_t* const tile =
-        page + slot / kTileTokens * tile_bytes(p.head_dim, cls.key_bits, cls.value_bits);
-    const int64_t to = (row - p.first_row) * p.to.token_stride + head * p.to.head_stride + channel;
-    if (p.to.k != nullptr) {
-      const int code = read_code(tile, key_position(p.head_dim, cls.key_bits, token, channel));
-      p.to.k[to] = to_half(half_at(set + channel) * static_cast<float>(code) +
-                           half_at(set + p.head_dim + channel));
+    const uint8_t* const tile = page + slot / kTileTokens * tile_bytes(p.head_dim, cls);
+    const int64_t to = (row - p.first_row) * p.to.token_stride + head * p.to.head_stride;
+    if (p.to.k != nullptr) {  // `channel`: as stored
+      const int code = read_code(tile, key_position(p.head_dim, cls, token, channel));
+      p.to.k[to + (order != nullptr ? order[channel] : channel)] = to_half(
+          half_at(set + channel) * static_cast<float>(code) + half_at(set + p.head_dim + channel));
     }
     if (p.to.v != nullptr) {
-      const HalfBits* const params = reinterpret_cast<const HalfBits*>(
-          tile + tile_param_offset(p.head_dim, cls.key_bits, cls.value_bits));
-      const int code =
-          read_code(tile, value_position(p.head_dim, cls.key_bits, cls.value_bits, token, channel));
-      p.to.v[to] = to_half(factors[channel] * half_at(params + scale_index(token)) *
-                           (static_cast<float>(code) - half_at(params + zero_index(token))));
+      const HalfBits* const params =
+          reinterpret_cast<const HalfBits*>(tile + tile_param_offset(p.head_dim, cls));
+      const int code = read_code(tile + tile_value_offset(p.head_dim, cls),
+                                 value_position(p.head_dim, cls.value_bits, token, channel));
+      p.to.v[to + channel] =
+          to_half(factors[channel] * half_at(params + scale_index(token)) *
+                  (static_cast<float>(code) - half_at(params + zero_index(token))));
     }
   }
 }

@@ -26,7 +26,9 @@ struct UnpackParams {
                                             // end_row on. Row first_row is token 0 of `to`
   std::int32_t first_row = 0;
   std::int32_t end_row = 0;
-  const HalfBits* key_sets = nullptr;    // [sets, 2, head_dim]: scale, min
+  const HalfBits* key_sets = nullptr;  // [sets, 2, head_dim]: scale, min of stored channels
+  const std::uint8_t* key_orders =
+      nullptr;                           // [sets, head_dim], read for classes with wide channels
   const float* value_factors = nullptr;  // [n_kv_heads, head_dim]
   RowsAt to;                             // k or v may be nullptr: not wanted
 };

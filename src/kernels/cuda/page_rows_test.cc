@@ -14,14 +14,23 @@ namespace {
 using PageRowsTest = DeviceTest;
 
 TEST_F(PageRowsTest, UnpackedRowsAreTheFormula) {
-  const std::vector<PageClass> classes{{4, 2}, {3, 3}, {2, 8}, {8, 4}};
+  const std::vector<PageClass> classes{{4, 2}, {3, 3}, {2, 8}, {8, 4}, {2, 3, 1, 4}};
   for (const int head_dim : {64, 128, 256}) {
-    const int n_kv_heads = 3, per_head = 4, n_pages = n_kv_heads * per_head, n_rows = 300;
+    const int n_kv_heads = 3, per_head = static_cast<int>(classes.size()),
+              n_pages = n_kv_heads * per_head, n_rows = 400;
     Random random(head_dim);
     std::vector<std::byte> pool;
     std::vector<PageEntry> pages;
     std::vector<std::int32_t> page_rows(n_pages * kPageTokens, -1);
     std::vector<HalfBits> sets(2 * n_kv_heads * 2 * head_dim);
+    std::vector<std::uint8_t> orders(2 * n_kv_heads * head_dim);  // stored -> channel
+    for (int set = 0; set < 2 * n_kv_heads; ++set) {
+      const auto order = orders.begin() + set * head_dim;
+      std::iota(order, order + head_dim, 0);
+      for (int c = head_dim - 1; c > 0; --c) {
+        std::swap(order[c], order[random.below(c + 1)]);
+      }
+    }
     std::vector<float> factors(n_kv_heads * head_dim);
     for (HalfBits& x : sets) {
       x = float_to_half(random.uniform(-1, 1));
@@ -42,8 +51,8 @@ TEST_F(PageRowsTest, UnpackedRowsAreTheFormula) {
                          static_cast<std::uint16_t>(set), static_cast<std::uint8_t>(tokens),
                          static_cast<std::uint8_t>(n)});
         const std::size_t begin = pool.size();
-        pool.resize(begin + page_bytes(head_dim, cls.key_bits, cls.value_bits));
-        HostPage page(std::span(pool).subspan(begin), head_dim, cls);
+        pool.resize(begin + page_bytes(head_dim, cls));
+        HostPage page({pool.data() + begin, pool.size() - begin}, head_dim, cls);
         for (int token = 0; token < tokens; ++token) {
           const int at = random.below(static_cast<std::uint32_t>(rows.size()));
           const int row = token == 5 ? -1 : rows[at];  // 5: dead
@@ -53,16 +62,20 @@ TEST_F(PageRowsTest, UnpackedRowsAreTheFormula) {
                      z = float_to_half(random.uniform(0, 3));
           page.set_scale_zero(token, s, z);
           for (int c = 0; c < head_dim; ++c) {
-            const int k = random.below(1u << cls.key_bits), v = random.below(1u << cls.value_bits);
+            const int key_bits =
+                c < cls.wide_chunks * kChunkChannels ? cls.wide_bits : cls.key_bits;
+            const int k = random.below(1u << key_bits), v = random.below(1u << cls.value_bits);
             page.set_key_code(token, c, k);
             page.set_value_code(token, c, v);
             if (row < first_row || row >= end_row) {
               continue;
             }
-            const std::size_t to = (row * n_kv_heads + head) * head_dim + c;
-            want_k[to] = half_to_float(sets[set * 2 * head_dim + c]) * k +
-                         half_to_float(sets[(set * 2 + 1) * head_dim + c]);
-            want_v[to] = factors[head * head_dim + c] * half_to_float(s) * (v - half_to_float(z));
+            const std::size_t head_at = (row * n_kv_heads + head) * head_dim;
+            const int channel = cls.wide_chunks > 0 ? orders[set * head_dim + c] : c;
+            want_k[head_at + channel] = half_to_float(sets[set * 2 * head_dim + c]) * k +
+                                        half_to_float(sets[(set * 2 + 1) * head_dim + c]);
+            want_v[head_at + c] =
+                factors[head * head_dim + c] * half_to_float(s) * (v - half_to_float(z));
           }
         }
       }
@@ -74,6 +87,7 @@ TEST_F(PageRowsTest, UnpackedRowsAreTheFormula) {
     const DeviceArray<PageEntry> device_pages(pages);
     const DeviceArray<std::int32_t> device_rows(page_rows);
     const DeviceArray<HalfBits> device_sets(sets);
+    const DeviceArray<std::uint8_t> device_orders(orders);
     const DeviceArray<float> device_factors(factors);
     const std::size_t size = std::size_t(end_row - first_row) * n_kv_heads * head_dim;
     const DeviceArray<HalfBits> k(size), v(size);
@@ -85,6 +99,7 @@ TEST_F(PageRowsTest, UnpackedRowsAreTheFormula) {
     p.page_rows = device_rows.data();
     p.first_row = first_row, p.end_row = end_row;
     p.key_sets = device_sets.data();
+    p.key_orders = device_orders.data();
     p.value_factors = device_factors.data();
     p.to = {k.data(), v.data(), 0, std::int64_t{n_kv_heads} * head_dim, head_dim};
     ASSERT_TRUE(unpack_pages(p, nullptr));
