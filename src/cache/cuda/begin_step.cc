@@ -131,12 +131,7 @@ Status DeviceCache::make_room(const StepTensors& in, Stream stream) {
   const std::size_t n_tokens = std::size_t{in.n_streams} * in.n_per_stream;
   const std::size_t query = std::size_t{in.n_heads} * dim;
 
-  ZC_TRY(pool_.ensure(table_.pool_bytes()));
-  ZC_TRY(key_sets_.ensure(table_.n_sets() * 2 * dim * sizeof(HalfBits), true, stream));
-  if (table_.has_wide_channels()) {
-    ZC_TRY(key_orders_.ensure(table_.n_sets() * dim, true, stream));
-  }
-  ZC_TRY(ranks_.ensure(table_.n_ranks() * sizeof(std::uint16_t), true, stream));
+  ZC_TRY(make_room_for_pages(stream));
   ZC_TRY(make_room_for_streams(stream));
 
   std::size_t n_window = 0, n_probes = kProbeRing, n_pack = 0, n_pages = 0;
@@ -169,6 +164,17 @@ Status DeviceCache::make_room(const StepTensors& in, Stream stream) {
     ZC_TRY(page_cells_.ensure(n_pages * kPageTokens * sizeof(std::int32_t), stream));
   }
   return ok_status();
+}
+
+// What sealed tokens have.
+Status DeviceCache::make_room_for_pages(Stream stream) {
+  const std::size_t dim = table_.shape().head_dim;
+  ZC_TRY(pool_.ensure(table_.pool_bytes()));
+  ZC_TRY(key_sets_.ensure(table_.n_sets() * 2 * dim * sizeof(HalfBits), true, stream));
+  if (table_.has_wide_channels()) {
+    ZC_TRY(key_orders_.ensure(table_.n_sets() * dim, true, stream));
+  }
+  return ranks_.ensure(table_.n_ranks() * sizeof(std::uint16_t), true, stream);
 }
 
 // What a stream has of its own.

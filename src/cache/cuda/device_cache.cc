@@ -97,7 +97,8 @@ std::size_t DeviceCache::device_bytes() const {
                                    &partials_,    &prefill_tickets_, &prefill_partials_,
                                    &plan_items_,  &plan_pages_,      &tickets_,
                                    &dense_,       &listed_pages_,    &listed_sources_,
-                                   &moved_from_,  &moved_to_}) {
+                                   &moved_from_,  &moved_to_,        &floats_,
+                                   &iota_}) {
     bytes += array->bytes();
   }
   return bytes;

@@ -13,6 +13,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <optional>
@@ -61,6 +62,11 @@ struct LayerTensors {
   const float* sinks = nullptr;
 };
 
+// The engine's rotary embedding, in place: keys [n_tokens, n_kv_heads, head_dim], each at its
+// position; both device memory. All work before is done, and its own when it returns.
+using RotateKeys =
+    std::function<Status(float* keys, const std::int32_t* positions, std::uint32_t n_tokens)>;
+
 class DeviceCache {
  public:
   // `policy` as device_policy() returned it. Memory grows with use.
@@ -86,6 +92,11 @@ class DeviceCache {
   // `to` holds what `from` holds, in all layers. Sealed tokens are not copied but shared.
   Status copy_stream(std::uint32_t from, std::uint32_t to, Stream stream);
 
+  // A layer's keys of a stream, each turned by the shift of its cell. [n_cells]; keys of packed
+  // tokens are packed anew, in their classes.
+  Status rotate_keys(std::uint32_t index, std::uint32_t of_stream,
+                     std::span<const std::int32_t> shifts, const RotateKeys& rope, Stream stream);
+
   void clear() {
     table_.clear();
     restored_.clear();
@@ -101,6 +112,7 @@ class DeviceCache {
   Expected<Step> read_step(const StepTensors& in, Stream stream);
   Status summarize(const StepTensors& in, Stream stream);
   Status make_room(const StepTensors& in, Stream stream);
+  Status make_room_for_pages(Stream stream);
   Status make_room_for_streams(Stream stream);
   Status send_block_cells(Stream stream);
   Status upload(const StepTensors& in, Stream stream);
@@ -119,18 +131,26 @@ class DeviceCache {
   Status window_layer(std::uint32_t index, const LayerTensors& layer, Stream stream);
   Status keep(std::uint32_t index, std::size_t s, float scale, const ProbeParams& probes,
               Stream stream);
+  PackParams pack_params(std::uint32_t index, std::uint32_t of_stream, const PagedBlock& block,
+                         const RowsAt& rows, const PageEntry* pages) const;
   // Adds the probes' to that of the stream. nullptr: there were no queries yet.
   Expected<const float*> add_query_power(std::uint32_t index, const StreamStep& s,
                                          const ProbeParams& probes, Stream stream);
   RowsAt dense_rows(HalfBits* k, HalfBits* v) const;
-  template <typename FirstCell>
+  // `rows` by a token's place in block_cells(), or, of one block, in the block.
   Status list_pages(std::uint32_t index, std::span<const std::shared_ptr<PagedBlock>> blocks,
-                    const std::int32_t* cells, FirstCell first_cell, Stream stream);
+                    const std::int32_t* rows, bool by_cell, Stream stream);
   Status unpack_listed(std::uint32_t index, std::uint32_t of_stream, std::uint32_t first_row,
                        std::uint32_t end_row, const RowsAt& to, Stream stream);
   std::span<const HalfBits> restored_row(std::uint32_t of_stream, std::uint32_t index, bool is_key,
                                          std::size_t slot) const;
   Status take_restored(std::uint32_t index, std::size_t n, Stream stream);
+  Status own_pages(std::uint32_t of_stream, std::span<const std::int32_t> shifts, Stream stream);
+  Status rotate(const RowsAt& rows, const std::vector<std::int32_t>& positions,
+                const RotateKeys& rope, Stream stream);
+  Status rotate_restored(std::uint32_t index, std::uint32_t of_stream,
+                         std::span<const std::int32_t> shifts, const RotateKeys& rope,
+                         Stream stream);
   std::uint64_t launch_key() const;
   RowsAt tail(std::uint32_t index, std::uint32_t stream) const;
   RowsAt window(std::size_t s) const;
@@ -175,7 +195,7 @@ class DeviceCache {
   // Restored rows by stream: of every layer keys and values, [slots, n_kv_heads * head_dim].
   std::map<std::uint32_t, std::vector<std::vector<HalfBits>>> restored_;
   // Between steps.
-  DeviceArray dense_, listed_pages_, listed_sources_, moved_from_, moved_to_;
+  DeviceArray dense_, listed_pages_, listed_sources_, moved_from_, moved_to_, floats_, iota_;
   int n_listed_ = 0;
 
   // The decode launch.

@@ -414,6 +414,19 @@ void PageTable::copy_stream(std::uint32_t from, std::uint32_t to) {
   std::copy_n(held(from), shape_.n_cells, held(to));
 }
 
+std::optional<PagedBlock> PageTable::own_pages(std::uint32_t stream, std::size_t index) {
+  std::shared_ptr<PagedBlock>& block = streams_[stream].blocks[index];
+  if (*block->n_owners == 1) {
+    return std::nullopt;
+  }
+  ++version_;
+  const std::shared_ptr<PagedBlock> shared = block;
+  block = new_block(shared->cells);
+  block->n_live = shared->n_live;
+  free_block(*shared);
+  return *shared;
+}
+
 std::vector<std::int32_t> PageTable::restore(std::uint32_t index,
                                              std::span<const std::int32_t> cells) {
   ++version_;

@@ -10,6 +10,7 @@
 #include <array>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -104,6 +105,10 @@ class PageTable {
   void clear_stream(std::uint32_t stream);
   // `to` holds what `from` holds, in the same pages.
   void copy_stream(std::uint32_t from, std::uint32_t to);
+
+  // Gives the stream's block pages of its own, if it shares them. Returns the block as it was,
+  // whose pages' contents are to be copied before anything else; nothing if it has its own.
+  std::optional<PagedBlock> own_pages(std::uint32_t stream, std::size_t block);
 
   // Cells get rows from outside of a step; what they held is given up. Returns their slots among
   // the stream's restored rows: its next step takes these into its window, and they are no more.

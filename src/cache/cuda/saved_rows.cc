@@ -19,14 +19,6 @@ bool is_zero(const HalfBits* row, std::size_t n) {
   return std::all_of(row, row + n, [](HalfBits x) { return x == 0; });
 }
 
-// Small arrays for one call; the copies are done with the host's memory when they return.
-template <typename T>
-Status send(DeviceArray& to, const std::vector<T>& values, Stream stream) {
-  ZC_TRY(to.ensure(std::max<std::size_t>(values.size() * sizeof(T), 1), stream));
-  return copy_async(to.as<std::byte>(), values.data(), values.size() * sizeof(T),
-                    cudaMemcpyHostToDevice, stream);
-}
-
 }  // namespace
 
 RowsAt DeviceCache::dense_rows(HalfBits* k, HalfBits* v) const {
@@ -34,12 +26,10 @@ RowsAt DeviceCache::dense_rows(HalfBits* k, HalfBits* v) const {
   return {k, v, 0, std::int64_t{shape.n_kv_heads} * shape.head_dim, shape.head_dim};
 }
 
-// Pages of blocks as a launch's list, head after head; `cell_of` says what list_page_cells() makes
-// of a block's tokens: index of its token 0 in an array of cells.
-template <typename FirstCell>
+// Pages of blocks as a launch's list, head after head, with a row for every slot.
 Status DeviceCache::list_pages(std::uint32_t index,
                                std::span<const std::shared_ptr<PagedBlock>> blocks,
-                               const std::int32_t* cells, FirstCell first_cell, Stream stream) {
+                               const std::int32_t* rows, bool by_cell, Stream stream) {
   std::vector<PageEntry> pages;
   std::vector<PageSource> sources;
   for (std::uint32_t head = 0; head < table_.shape().n_kv_heads; ++head) {
@@ -49,7 +39,7 @@ Status DeviceCache::list_pages(std::uint32_t index,
         const PageEntry entry = block->pages[head * n_pages + page];
         pages.push_back(entry);
         sources.push_back({block->first_rank + (head * n_pages + page) * kPageTokens,
-                           first_cell(*block), entry.tokens});
+                           by_cell ? block->first_cell : 0, entry.tokens});
       }
     }
   }
@@ -60,7 +50,7 @@ Status DeviceCache::list_pages(std::uint32_t index,
   return list_page_cells({.n_pages = n_listed_,
                           .pages = listed_sources_.as<PageSource>(),
                           .kept = ranks_.layer<std::uint16_t>(index),
-                          .block_cells = cells,
+                          .block_cells = rows,
                           .page_cells = page_cells_.as<std::int32_t>()},
                          stream);
 }
@@ -128,9 +118,7 @@ Status DeviceCache::read_rows(std::uint32_t index, bool is_key, std::uint32_t of
     }
     if (!blocks.empty()) {
       ZC_TRY(send_block_cells(stream));
-      ZC_TRY(list_pages(
-          index, blocks, block_cells_.as<std::int32_t>(),
-          [](const PagedBlock& block) { return block.first_cell; }, stream));
+      ZC_TRY(list_pages(index, blocks, block_cells_.as<std::int32_t>(), true, stream));
       ZC_TRY(unpack_listed(index, of_stream, begin, end, rows, stream));
     }
     HalfBits* const chunk = out + done * row;

@@ -29,6 +29,44 @@ Expected<const float*> DeviceCache::add_query_power(std::uint32_t index, const S
   return p.power;
 }
 
+// All of a block's ranges whole, and factors and ranks as they are: order_ has the tokens' order.
+PackParams DeviceCache::pack_params(std::uint32_t index, std::uint32_t of_stream,
+                                    const PagedBlock& block, const RowsAt& rows,
+                                    const PageEntry* pages) const {
+  const TableShape& shape = table_.shape();
+  PackParams p;
+  p.n_tokens = static_cast<int>(block.n_tokens);
+  p.n_kv_heads = static_cast<int>(shape.n_kv_heads);
+  p.head_dim = static_cast<int>(shape.head_dim);
+  p.k = rows.k;
+  p.v = rows.v;
+  p.token_stride = rows.token_stride;
+  p.order = order_.as<std::int32_t>();
+  // All classes of the policy, because the pages name them by their index there.
+  p.n_classes = kPolicyClasses;
+  std::ranges::copy(table_.classes(), p.classes);
+  for (int c = 0; c < kPolicyClasses; ++c) {
+    p.key_set[c] = -1;  // absent
+    p.key_clip[c] = p.value_clip[c] = 1;
+  }
+  for (int c = 0; c < block.classes.n_classes; ++c) {
+    const BlockClass& cls = block.classes.classes[c];
+    p.class_tokens[cls.cls] = static_cast<int>(cls.n_tokens);
+    p.key_set[cls.cls] = cls.key_set;
+  }
+  p.n_key_sets = block.classes.n_key_sets;
+  p.keep_factors = true;
+  p.pool = const_cast<std::uint8_t*>(pool(index));
+  p.pages = pages;
+  p.key_sets = key_sets_.layer<HalfBits>(index) + std::size_t{block.first_set} * 2 * shape.head_dim;
+  p.key_orders =
+      key_orders_.layer<std::uint8_t>(index) + std::size_t{block.first_set} * shape.head_dim;
+  p.value_factors = value_factors_.layer<float>(index) +
+                    std::size_t{of_stream} * shape.n_kv_heads * shape.head_dim;
+  p.workspace = workspace_.as<std::uint32_t>();
+  return p;
+}
+
 // Seals what is due of a window and puts the rest into the tail.
 Status DeviceCache::keep(std::uint32_t index, std::size_t n, float scale,
                          const ProbeParams& queries, Stream stream) {
@@ -69,42 +107,18 @@ Status DeviceCache::keep(std::uint32_t index, std::size_t n, float scale,
                         .kept = ranks_.layer<std::uint16_t>(index) + block.first_rank,
                         .kept_stride = block.rank_stride()},
                        stream));
-    PackParams p;
-    p.n_tokens = static_cast<int>(block.n_tokens);
-    p.n_kv_heads = static_cast<int>(shape.n_kv_heads);
-    p.head_dim = static_cast<int>(shape.head_dim);
-    p.k = rows.k + seal.window_begin * rows.token_stride;
-    p.v = rows.v + seal.window_begin * rows.token_stride;
-    p.token_stride = rows.token_stride;
-    p.order = order_.as<std::int32_t>();
-    // All classes of the policy, because the pages name them by their index there.
-    p.n_classes = kPolicyClasses;
-    std::ranges::copy(table_.classes(), p.classes);
-    for (int c = 0; c < kPolicyClasses; ++c) {
-      p.key_set[c] = -1;  // absent
-      p.key_clip[c] = p.value_clip[c] = 1;
-    }
+    PackParams p = pack_params(index, s.stream, block, rows, sent<PageEntry>(at.seal_pages[i]));
+    p.k += seal.window_begin * rows.token_stride;
+    p.v += seal.window_begin * rows.token_stride;
     for (int c = 0; c < block.classes.n_classes; ++c) {
       const BlockClass& cls = block.classes.classes[c];
-      p.class_tokens[cls.cls] = static_cast<int>(cls.n_tokens);
-      p.key_set[cls.cls] = cls.key_set;
       p.key_clip[cls.cls] = cls.key_clip;
       p.value_clip[cls.cls] = cls.value_clip;
     }
-    p.n_key_sets = block.classes.n_key_sets;
     p.wide_clip = table_.policy().key.rules.wide_clip;
     p.keep_length = table_.policy().value.rules.keep_length;
     p.query_power = *power;
     p.keep_factors = !seal.is_first;
-    p.pool = const_cast<std::uint8_t*>(pool(index));
-    p.pages = sent<PageEntry>(at.seal_pages[i]);
-    p.key_sets =
-        key_sets_.layer<HalfBits>(index) + std::size_t{block.first_set} * 2 * shape.head_dim;
-    p.key_orders =
-        key_orders_.layer<std::uint8_t>(index) + std::size_t{block.first_set} * shape.head_dim;
-    p.value_factors = value_factors_.layer<float>(index) +
-                      std::size_t{s.stream} * shape.n_kv_heads * shape.head_dim;
-    p.workspace = workspace_.as<std::uint32_t>();
     ZC_TRY(pack(p, stream));
   }
   return move_rows({.n_tokens = static_cast<int>(s.keep_from.size()),

@@ -24,13 +24,14 @@
 #include "ggml/cuda/cuda_buffer.h"
 #include "ggml/cuda/cuda_node.h"
 #include "ggml/cuda/cuda_registry.h"
+#include "ggml/cuda/cuda_shift.h"
 #include "ggml/guards.h"
 #include "ggml/log.h"
 
 namespace zipcache::ggml {
 namespace {
 
-// Nodes [0, n) for the host, then, if there is one, a layer of ours.
+// Nodes [0, n) for the host, then, if there is one, a layer of ours, or the shift of one's keys.
 struct Piece {
   // The first node is a dummy that changes with each run: the host's CUDA backend makes graphs of
   // its own of nodes that stay the same, and those can't be part of ours.
@@ -39,6 +40,7 @@ struct Piece {
   std::optional<CudaLayerNodes> layer;
   CudaGroup* group = nullptr;
   std::uint32_t index = 0;  // of the layer in its group
+  const ggml_tensor* shift = nullptr;
 };
 
 class Backend {
@@ -87,7 +89,7 @@ class Backend {
     if (refusal_) {
       return failed(*refusal_);
     }
-    if (groups_.empty()) {
+    if (buffers_.empty()) {
       return ggml_backend_graph_compute_async(inner_, graph);
     }
     const BufferLocks<CudaKvBuffer> locks(buffers_);
@@ -97,7 +99,7 @@ class Backend {
       }
     }
     wait_for_theirs();
-    std::uint64_t key = uid_;
+    std::uint64_t key = groups_.empty() ? 0 : uid_;  // shifts are not repeated
     for (const auto& [group, nodes] : groups_) {
       if (Status begun = begin(group, nodes); !begun) {
         return failed(begun.error());
@@ -234,6 +236,11 @@ class Backend {
         }
         wait_for_theirs();
       }
+      if (piece.shift != nullptr) {
+        if (Status done = shift_keys(piece.shift, inner_, stream_); !done) {
+          return done;
+        }
+      }
       if (piece.layer) {
         Status done =
             piece.group->cache->run_layer(piece.index, layer_tensors(*piece.layer), stream_);
@@ -307,9 +314,17 @@ class Backend {
         }
         pieces_.back().nodes.push_back(node);
         return;
-      case NodeKind::kShift:
       case NodeKind::kRefused:
         refusal_ = unsupported(found.reason);
+        return;
+      case NodeKind::kShift:
+        if (layer->keys != nullptr || layer->values != nullptr) {
+          refusal_ = unsupported("keys are shifted while a layer stores them");
+          return;
+        }
+        pieces_.back().shift = node;
+        use(cuda_kv_tensor(node)->group->buffer);
+        open_piece();
         return;
       case NodeKind::kStore: {
         const CudaKvTensor* kv = cuda_kv_tensor(node);
@@ -346,13 +361,17 @@ class Backend {
                                     [&](const auto& entry) { return entry.first == keys->group; });
     if (known == groups_.end()) {
       groups_.emplace_back(keys->group, *layer);
-      if (std::find(buffers_.begin(), buffers_.end(), keys->group->buffer) == buffers_.end()) {
-        buffers_.push_back(keys->group->buffer);
-        std::sort(buffers_.begin(), buffers_.end());
-      }
+      use(keys->group->buffer);
     }
     *layer = {};
     open_piece();
+  }
+
+  void use(CudaKvBuffer* buffer) {
+    if (std::find(buffers_.begin(), buffers_.end(), buffer) == buffers_.end()) {
+      buffers_.push_back(buffer);
+      std::sort(buffers_.begin(), buffers_.end());
+    }
   }
 
   ggml_backend_t inner_;

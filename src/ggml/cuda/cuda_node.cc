@@ -19,11 +19,6 @@ std::int64_t floats(std::size_t bytes) { return static_cast<std::int64_t>(bytes 
 
 NodeClass classify_cuda(const ggml_tensor* node) {
   NodeClass found = classify(node, cuda_buffer_type());
-  if (found.kind == NodeKind::kShift) {
-    return {NodeKind::kShift,
-            "shifting the context is not served on CUDA; run without --context-shift and "
-            "--cache-reuse, or with -dev ZipCache"};
-  }
   if (found.kind == NodeKind::kStore && node->src[0]->type != GGML_TYPE_F32) {
     return refused(std::string("new rows of type ") + ggml_type_name(node->src[0]->type) +
                    " are not served on CUDA, f32 is");
