@@ -6,7 +6,7 @@
 
 #include <algorithm>
 #include <cstddef>
-#include <deque>
+#include <list>
 #include <span>
 #include <vector>
 
@@ -14,7 +14,8 @@ namespace zipcache::ggml {
 
 class HostInputs {
  public:
-  // The bytes of a range of device addresses; empty when they are not known, or too many.
+  // The bytes of a range of device addresses, until forget() or the next write; empty when they are
+  // not known, or too many.
   std::span<const std::byte> bytes_of(const void* data, std::size_t size) {
     if (size == 0 || size > kMostBytes) {
       return {};
@@ -25,8 +26,13 @@ class HostInputs {
         return range.is_known ? std::span(range.copy) : std::span<const std::byte>();
       }
     }
-    if (ranges_.size() == kMostRanges) {
-      ranges_.pop_front();
+    if (ranges_.size() >= kMostRanges) {  // one that is in nobody's hands, the oldest
+      const auto unused = std::find_if(ranges_.begin(), ranges_.end(),
+                                       [](const Range& range) { return !range.is_known; });
+      if (unused == ranges_.end()) {
+        return {};
+      }
+      ranges_.erase(unused);
     }
     ranges_.push_back({first, size, false, {}});
     return {};
@@ -69,7 +75,7 @@ class HostInputs {
     bool is_known = false;
     std::vector<std::byte> copy;
   };
-  std::deque<Range> ranges_;
+  std::list<Range> ranges_;  // stable: spans of copies are lent
 };
 
 }  // namespace zipcache::ggml
