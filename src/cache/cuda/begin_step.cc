@@ -111,6 +111,7 @@ Status DeviceCache::begin_step(const StepTensors& in, Stream stream) {
   n_heads_ = in.n_heads;
   in_ = in;
   in_.host_rows = in_.host_mask = {};  // good for this call only
+  in_.slopes = {};
   Expected<Step> step = read_step(in, stream);
   if (!step) {
     return step.error();
@@ -152,14 +153,18 @@ Status DeviceCache::make_room(const StepTensors& in, Stream stream) {
     }
   }
   window_tokens_ = n_window;
-  ZC_TRY(window_.ensure(2 * in.n_streams * n_window * heads * dim * sizeof(HalfBits), stream));
+  n_lanes_ = step_.is_decode ? SideStreams::kCount : 1;
+  const auto ensure_lanes = [&](DeviceArray& scratch, std::size_t bytes) {
+    return scratch.ensure(n_lanes_ * ((bytes + 255) / 256 * 256), stream);
+  };
+  ZC_TRY(ensure_lanes(window_, 2 * in.n_streams * n_window * heads * dim * sizeof(HalfBits)));
+  ZC_TRY(ensure_lanes(saliency_, heads * n_window * sizeof(float)));
+  ZC_TRY(ensure_lanes(order_, heads * n_window * sizeof(std::int32_t)));
+  ZC_TRY(ensure_lanes(workspace_, n_pack * sizeof(std::uint32_t)));
   ZC_TRY(q_half_.ensure(n_tokens * query * sizeof(HalfBits), stream));
   ZC_TRY(lse_.ensure(n_tokens * in.n_heads * sizeof(float), stream));
   ZC_TRY(probe_q_.ensure(n_probes * query * sizeof(HalfBits), stream));
   ZC_TRY(probe_lse_.ensure(n_probes * in.n_heads * sizeof(float), stream));
-  ZC_TRY(saliency_.ensure(heads * n_window * sizeof(float), stream));
-  ZC_TRY(order_.ensure(heads * n_window * sizeof(std::int32_t), stream));
-  ZC_TRY(workspace_.ensure(n_pack * sizeof(std::uint32_t), stream));
   if (!step_.is_decode) {
     ZC_TRY(page_cells_.ensure(n_pages * kPageTokens * sizeof(std::int32_t), stream));
   }
@@ -211,6 +216,8 @@ Status DeviceCache::upload(const StepTensors& in, Stream stream) {
   ring_at_ = append(bytes, ring_at);
   tail_counts_ = append(bytes, tail_counts);
   zeros_ = append(bytes, zeros);
+  has_slopes_ = !in.slopes.empty();
+  slopes_ = append(bytes, in.slopes);
   at_.assign(step_.streams.size(), {});
   for (std::size_t n = 0; n < step_.streams.size(); ++n) {
     const StreamStep& s = step_.streams[n];
@@ -271,7 +278,6 @@ Status DeviceCache::upload(const StepTensors& in, Stream stream) {
   if (!step_.is_decode) {
     ZC_TRY(send_block_cells(stream));
   }
-  (void)in;
   return ok_status();
 }
 

@@ -158,9 +158,17 @@ Status DeviceCache::decode_layer(std::uint32_t index, const LayerTensors& layer,
 Status DeviceCache::end_step(Stream stream) {
   const bool seals = std::any_of(step_.streams.begin(), step_.streams.end(),
                                  [](const StreamStep& s) { return !s.seals.empty(); });
-  for (std::uint32_t index = 0; step_.is_decode && seals && index < table_.shape().n_layers;
-       ++index) {
-    ZC_TRY(seal_decoded(index, stream));
+  if (step_.is_decode && seals) {
+    // Hundreds of small kernels: layers side by side.
+    ZC_TRY(lanes_.fork(stream));
+    Status done = ok_status();
+    for (std::uint32_t index = 0; done && index < table_.shape().n_layers; ++index) {
+      lane_ = index % n_lanes_;
+      done = seal_decoded(index, lanes_[lane_]);
+    }
+    lane_ = 0;
+    ZC_TRY(lanes_.join(stream));
+    ZC_TRY(done);
   }
   for (const StreamStep& s : step_.streams) {
     if (!s.restored_from.empty()) {

@@ -44,7 +44,7 @@ RowsAt DeviceCache::tail(std::uint32_t index, std::uint32_t stream) const {
 RowsAt DeviceCache::window(std::size_t s) const {
   const std::int64_t token = std::int64_t{table_.shape().n_kv_heads} * table_.shape().head_dim;
   const std::int64_t stream = token * static_cast<std::int64_t>(window_tokens_);
-  HalfBits* const k = window_.as<HalfBits>();
+  HalfBits* const k = of_lane<HalfBits>(window_);
   HalfBits* const v = k + stream * static_cast<std::int64_t>(step_.streams.size());
   const auto n = static_cast<std::int64_t>(s);
   return {k + n * stream, v + n * stream, stream, token, table_.shape().head_dim};

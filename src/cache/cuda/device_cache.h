@@ -39,6 +39,9 @@ struct StepTensors {
   std::uint32_t n_cells = 0;  // that the mask covers
   std::uint32_t n_heads = 0;
   bool needs_window = false;  // soft cap, sinks or ALiBi
+  // Factors of the mask's bias by query head (ALiBi), host memory until begin_step() returns;
+  // empty: 1.
+  std::span<const float> slopes;
 
   // The bytes of `rows` and `mask` in host memory, until begin_step() returns; empty: not known.
   std::span<const std::byte> host_rows, host_mask;
@@ -58,7 +61,6 @@ struct LayerTensors {
   float* out = nullptr;  // [n_streams, n_per_stream, n_heads, head_dim]
   float scale = 1;
   float softcap = 0;
-  const float* slopes = nullptr;
   const float* sinks = nullptr;
 };
 
@@ -154,6 +156,11 @@ class DeviceCache {
   std::uint64_t launch_key() const;
   RowsAt tail(std::uint32_t index, std::uint32_t stream) const;
   RowsAt window(std::size_t s) const;
+  template <typename T>
+  T* of_lane(const DeviceArray& scratch) const {
+    const std::size_t bytes = scratch.bytes() / n_lanes_ / 256 * 256;
+    return reinterpret_cast<T*>(scratch.as<std::byte>() + lane_ * bytes);
+  }
   const std::uint8_t* pool(std::uint32_t index) const;
 
   // Where the arrays of a stream's step are in uploaded_, in bytes.
@@ -179,8 +186,11 @@ class DeviceCache {
   DeviceArray block_cells_;
   std::uint64_t cells_version_ = 0;
 
-  // A step's.
+  // A step's. Layers that are sealed side by side have scratch of their own: window_, saliency_,
+  // order_ and workspace_ are there once per lane, so many bytes apart.
   std::size_t window_tokens_ = 0;  // per stream, of window_
+  std::size_t lane_ = 0, n_lanes_ = 1;
+  SideStreams lanes_;
   DeviceArray summary_, uploaded_, window_, q_half_, lse_, probe_q_, probe_lse_, saliency_, order_,
       workspace_, page_cells_, partials_, prefill_tickets_, prefill_partials_;
   PinnedArray summary_host_, upload_host_;
@@ -189,7 +199,8 @@ class DeviceCache {
   std::vector<std::uint8_t> flags_;
   std::vector<std::int32_t> row_counts_;
   std::vector<std::byte> upload_bytes_;
-  std::size_t place_ = 0, ring_at_ = 0, tail_counts_ = 0, zeros_ = 0, ring_positions_ = 0;
+  std::size_t place_ = 0, ring_at_ = 0, tail_counts_ = 0, zeros_ = 0, slopes_ = 0;
+  bool has_slopes_ = false;
   std::vector<Uploaded> at_;
 
   // Restored rows by stream: of every layer keys and values, [slots, n_kv_heads * head_dim].

@@ -115,6 +115,7 @@ Status DeviceCache::rotate_keys(std::uint32_t index, std::uint32_t of_stream,
                                 std::span<const std::int32_t> shifts, const RotateKeys& rope,
                                 Stream stream) {
   const TableShape& shape = table_.shape();
+  n_lanes_ = 1;
   ZC_TRY(rotate_restored(index, of_stream, shifts, rope, stream));
   const std::vector<std::int32_t> of_tail = shifts_of(shifts, table_.tail_cells(of_stream));
   if (any(of_tail)) {

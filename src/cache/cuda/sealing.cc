@@ -41,7 +41,7 @@ PackParams DeviceCache::pack_params(std::uint32_t index, std::uint32_t of_stream
   p.k = rows.k;
   p.v = rows.v;
   p.token_stride = rows.token_stride;
-  p.order = order_.as<std::int32_t>();
+  p.order = of_lane<std::int32_t>(order_);
   // All classes of the policy, because the pages name them by their index there.
   p.n_classes = kPolicyClasses;
   std::ranges::copy(table_.classes(), p.classes);
@@ -63,7 +63,7 @@ PackParams DeviceCache::pack_params(std::uint32_t index, std::uint32_t of_stream
       key_orders_.layer<std::uint8_t>(index) + std::size_t{block.first_set} * shape.head_dim;
   p.value_factors = value_factors_.layer<float>(index) +
                     std::size_t{of_stream} * shape.n_kv_heads * shape.head_dim;
-  p.workspace = workspace_.as<std::uint32_t>();
+  p.workspace = of_lane<std::uint32_t>(workspace_);
   return p;
 }
 
@@ -85,10 +85,10 @@ Status DeviceCache::keep(std::uint32_t index, std::size_t n, float scale,
     probes.k = rows.k;
     probes.token_stride = rows.token_stride;
     probes.positions = sent<std::int32_t>(at.probe_positions);
-    probes.saliency = saliency_.as<float>();
+    probes.saliency = of_lane<float>(saliency_);
     ZC_TRY(probe_saliency(probes, stream));
   } else if (!s.seals.empty()) {  // all alike
-    ZC_TRY(to_status(cudaMemsetAsync(saliency_.as<float>(), 0,
+    ZC_TRY(to_status(cudaMemsetAsync(of_lane<float>(saliency_), 0,
                                      shape.n_kv_heads * n_window * sizeof(float), stream),
                      "ranks"));
   }
@@ -101,9 +101,9 @@ Status DeviceCache::keep(std::uint32_t index, std::size_t n, float scale,
     const PagedBlock& block = *seal.block;
     ZC_TRY(rank_tokens({.n_tokens = static_cast<int>(block.n_tokens),
                         .n_kv_heads = static_cast<int>(shape.n_kv_heads),
-                        .saliency = saliency_.as<float>() + seal.window_begin,
+                        .saliency = of_lane<float>(saliency_) + seal.window_begin,
                         .head_stride = static_cast<std::int64_t>(n_window),
-                        .order = order_.as<std::int32_t>(),
+                        .order = of_lane<std::int32_t>(order_),
                         .kept = ranks_.layer<std::uint16_t>(index) + block.first_rank,
                         .kept_stride = block.rank_stride()},
                        stream));

@@ -27,7 +27,7 @@ Status DeviceCache::window_layer(std::uint32_t index, const LayerTensors& layer,
     attend.head_dim = put.head_dim;
     attend.scale = layer.scale;
     attend.softcap = layer.softcap;
-    attend.slopes = layer.slopes;
+    attend.slopes = has_slopes_ ? sent<float>(slopes_) : nullptr;
     attend.sinks = layer.sinks;
     attend.q = layer.q + static_cast<std::int64_t>(n) * layer.q_stream_stride;
     attend.q_query_stride = layer.q_query_stride;

@@ -20,6 +20,7 @@
 
 #include "ggml-backend-impl.h"
 #include "ggml-impl.h"
+#include "ggml/attention_node.h"
 #include "ggml/buffer_locks.h"
 #include "ggml/cuda/cuda_buffer.h"
 #include "ggml/cuda/cuda_node.h"
@@ -133,6 +134,8 @@ class Backend {
       return opened;
     }
     cuda::StepTensors step = step_tensors(nodes);
+    const std::vector<float> slopes = alibi_slopes(shape.n_heads, shape.max_bias);
+    step.slopes = slopes;
     step.host_rows = host_bytes(nodes.keys->src[1]);
     step.host_mask = host_bytes(nodes.attend->src[3]);
     if (Status begun = group->cache->begin_step(step, stream_); !begun) {
@@ -159,18 +162,30 @@ class Backend {
     }
   }
 
-  // Seen once: run. Seen twice: captured. From then on: repeated. Where a graph of as many nodes
-  // has been captured before, the host's kernels have all the memory they need, and the first run
-  // is left out: a run without a graph costs as much as two steps.
+  // Seen once: run, and captured while the device works on it. From then on: repeated. Where a
+  // graph of as many nodes has been captured before, the host's kernels have all the memory they
+  // need, and that run is left out: a run without a graph costs as much as two steps.
   Status repeat_or_run(std::uint64_t key) {
     if (key != 0 && key == captured_key_) {
       return cuda::to_status(cudaGraphLaunch(executable_, stream_), "graph launch");
     }
-    const bool seen = key != 0 && (key == last_key_ || graph_.n_nodes == captured_nodes_);
-    last_key_ = key;
-    if (!seen) {
+    if (key == 0) {
       return run_pieces();
     }
+    const bool is_first = graph_.n_nodes != captured_nodes_;
+    if (is_first) {
+      if (Status ran = run_pieces(); !ran) {
+        return ran;
+      }
+    }
+    if (Status captured = capture(key); !captured) {
+      return captured;
+    }
+    return is_first ? ok_status()
+                    : cuda::to_status(cudaGraphLaunch(executable_, stream_), "graph launch");
+  }
+
+  Status capture(std::uint64_t key) {
     captured_key_ = 0;
     cudaGraph_t captured = nullptr;
     Status begun =
@@ -196,7 +211,7 @@ class Backend {
     }
     captured_key_ = key;
     captured_nodes_ = graph_.n_nodes;
-    return cuda::to_status(cudaGraphLaunch(executable_, stream_), "graph launch");
+    return ok_status();
   }
 
   Status instantiate(cudaGraph_t captured) {
@@ -263,7 +278,6 @@ class Backend {
     groups_.clear();
     buffers_.clear();
     refusal_.reset();
-    last_key_ = 0;
     CudaLayerNodes layer;
     open_piece();
     for (int i = 0; i < graph->n_nodes && !refusal_; ++i) {
@@ -387,7 +401,7 @@ class Backend {
   std::optional<Error> refusal_;
 
   std::uint64_t n_runs_ = 0;
-  std::uint64_t last_key_ = 0, captured_key_ = 0;
+  std::uint64_t captured_key_ = 0;
   int captured_nodes_ = 0;
   cudaGraphExec_t executable_ = nullptr;
 };

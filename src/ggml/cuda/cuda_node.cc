@@ -36,9 +36,6 @@ NodeClass classify_cuda(const ggml_tensor* node) {
                    " KV heads; on CUDA 64, 128 or 256 elements and up to 8 query heads per KV head "
                    "are served; use -dev ZipCache");
   }
-  if (shape.max_bias > 0) {
-    return refused("ALiBi is not served on CUDA; use -dev ZipCache");
-  }
   return found;
 }
 
@@ -59,7 +56,7 @@ cuda::StepTensors step_tensors(const CudaLayerNodes& nodes) {
   step.n_per_stream = shape.n_rows;
   step.n_cells = shape.n_cells;
   step.n_heads = shape.n_heads;
-  step.needs_window = shape.softcap > 0 || nodes.attend->src[4] != nullptr;
+  step.needs_window = shape.softcap > 0 || shape.max_bias > 0 || nodes.attend->src[4] != nullptr;
   return step;
 }
 
