@@ -9,6 +9,7 @@ the spot: it shows errors, not quality.
 """
 
 import concurrent.futures
+import re
 import subprocess
 import sys
 import tempfile
@@ -18,8 +19,9 @@ from pathlib import Path
 import numpy as np
 
 import llama_programs
-from llama_programs import OPTIONS, Server
+from llama_programs import OPTIONS, Server, run
 import plugin_e2e
+import tiny_gguf
 
 EXACT = {"policy": "uniform", "key_bits": 8, "value_bits": 8}
 # Root mean square of rows' differences over that of the rows: 8 bits of a channel's range are about
@@ -184,6 +186,22 @@ class CudaTest(unittest.TestCase):
                 return answered
         same_tokens(self, answer(**EXACT), answer(plugin=False))
         answer()
+
+    def test_alibi(self):
+        with tempfile.TemporaryDirectory() as folder:
+            model, text, base = (Path(folder) / name for name in ("m.gguf", "text", "base"))
+            tiny_gguf.alibi(model, head_dim=64)
+            text.write_text("".join(STORIES * 8))
+            common = ["-f", text, "-c", 512, "-ub", 128, "--chunks", 2, "--kl-divergence-base", base]
+            run("llama-perplexity", *common, plugin=False, model=model)
+            for _ in range(9):  # a program of milliseconds may leave before its last lines do
+                done = run("llama-perplexity", *common, "--kl-divergence", model=model, **EXACT)
+                found = re.search(r"Mean +KLD: +([-0-9.]+)", done.stdout + done.stderr)
+                if found:
+                    break
+            found = float(found.group(1))
+            print(f"KLD with ALiBi: {found}", flush=True)
+            self.assertLess(found, 0.001)
 
 
 def add_arguments(parser):
