@@ -3,7 +3,6 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <tuple>
 
 #include "cache/cuda/device_cache.h"
 #include "cache/cuda/step_status.h"
@@ -37,22 +36,14 @@ Status DeviceCache::plan_decode_launch(Stream stream) {
   std::vector<std::int32_t> row_begin{0};
   for (const StreamStep& s : step_.streams) {
     for (std::uint32_t head = 0; head < shape.n_kv_heads; ++head) {
-      // A change of class or scale set costs the kernel a reload. Class by class, but pages with
-      // wide channels set by set: values of two widths share them.
-      const std::size_t begin = pages.size();
+      // Block by block, so that each part of a row folds the query for its own few scale sets.
+      // Class by class, the block with a row's salient pages would fold it for all of them, two
+      // pages each, and end last.
       for (const auto& block : s.visible) {
         const auto n_pages = static_cast<std::ptrdiff_t>(block->classes.n_pages());
         const auto first = block->pages.begin() + head * n_pages;
         pages.insert(pages.end(), first, first + n_pages);
       }
-      std::stable_sort(pages.begin() + static_cast<std::ptrdiff_t>(begin), pages.end(),
-                       [&](const PageEntry& a, const PageEntry& b) {
-                         const auto key = [&](const PageEntry& page) {
-                           const bool has_wide = classes[page.cls].wide_chunks > 0;
-                           return std::tuple(has_wide, has_wide ? page.set : 0, page.cls);
-                         };
-                         return key(a) < key(b);
-                       });
       row_begin.push_back(static_cast<std::int32_t>(pages.size()));
     }
   }

@@ -28,6 +28,7 @@
 #include "ggml/cuda/cuda_shift.h"
 #include "ggml/guards.h"
 #include "ggml/log.h"
+#include "ggml/tables.h"
 
 namespace zipcache::ggml {
 namespace {
@@ -46,6 +47,8 @@ struct Piece {
 
 class Backend {
  public:
+  static constexpr const char* kName = kCudaDeviceName;
+
   Backend() : inner_(ggml_backend_dev_init(inner_device(), nullptr)) {
     if (inner_ == nullptr) {
       return;
@@ -406,48 +409,6 @@ class Backend {
   cudaGraphExec_t executable_ = nullptr;
 };
 
-Backend* context_of(ggml_backend_t backend) { return static_cast<Backend*>(backend->context); }
-
-const char* get_name(ggml_backend_t /*backend*/) { return kCudaDeviceName; }
-
-void free_backend(ggml_backend_t backend) {
-  delete context_of(backend);
-  delete backend;
-}
-
-void synchronize(ggml_backend_t backend) { context_of(backend)->synchronize(); }
-
-ggml_status compute_graph(ggml_backend_t backend, ggml_cgraph* graph) {
-  try {
-    return context_of(backend)->compute(graph);
-  } catch (const std::bad_alloc&) {
-    log_error("no memory left for a graph");
-    return GGML_STATUS_ALLOC_FAILED;
-  } catch (const std::exception& error) {
-    log_error(error.what());
-    return GGML_STATUS_FAILED;
-  }
-}
-
-constexpr ggml_backend_i kBackendInterface = {
-    .get_name = get_name,
-    .free = free_backend,
-    .set_tensor_async = nullptr,
-    .get_tensor_async = nullptr,
-    .set_tensor_2d_async = nullptr,
-    .get_tensor_2d_async = nullptr,
-    .cpy_tensor_async = nullptr,
-    .synchronize = synchronize,
-    .graph_plan_create = nullptr,
-    .graph_plan_free = nullptr,
-    .graph_plan_update = nullptr,
-    .graph_plan_compute = nullptr,
-    .graph_compute = compute_graph,
-    .event_record = nullptr,
-    .event_wait = nullptr,
-    .graph_optimize = nullptr,
-};
-
 ggml_guid_t guid() {
   static ggml_guid id = {0x7a, 0x69, 0x70, 0x63, 0x61, 0x63, 0x68, 0x65,
                          0x2d, 0x63, 0x75, 0x64, 0x61, 0x2d, 0x30, 0x31};
@@ -456,20 +417,15 @@ ggml_guid_t guid() {
 
 }  // namespace
 
-ggml_backend_t make_cuda_backend(ggml_backend_dev_t device, const char* /*params*/) {
-  try {
-    allow_repeats();
-    auto context = std::make_unique<Backend>();
-    if (!context->valid()) {
+ggml_backend_t make_cuda_backend(ggml_backend_dev_t device) {
+  return BackendTable<Backend>::create(device, guid(), []() -> std::unique_ptr<Backend> {
+    auto backend = std::make_unique<Backend>();
+    if (!backend->valid()) {
       log_error("the host's CUDA device gave no backend, events or stream");
       return nullptr;
     }
-    return new ggml_backend{
-        .guid = guid(), .iface = kBackendInterface, .device = device, .context = context.release()};
-  } catch (const std::exception& error) {
-    log_error(error.what());
-    return nullptr;
-  }
+    return backend;
+  });
 }
 
 }  // namespace zipcache::ggml

@@ -16,14 +16,11 @@
 #include "ggml/cuda/cuda_state.h"
 #include "ggml/guards.h"
 #include "ggml/log.h"
+#include "ggml/tables.h"
 #include "ggml/take_over.h"
 
 namespace zipcache::ggml {
 namespace {
-
-CudaKvBuffer* context_of(ggml_backend_buffer_t buffer) {
-  return static_cast<CudaKvBuffer*>(buffer->context);
-}
 
 // Copies of the host's own CUDA buffers work like this, too: ordered by synchronize(), not by
 // stream.
@@ -32,19 +29,6 @@ void finish(cudaError_t started, const char* what) {
       started != cudaSuccess ? started : cudaStreamSynchronize(cudaStreamPerThread);
   if (error != cudaSuccess) {
     log_error(std::string(what) + ": " + cudaGetErrorString(error));
-  }
-}
-
-// Runs `access` on a KV tensor under its buffer's lock. The host can't be told that it failed: a
-// line now, and the next graph fails.
-template <typename Access>
-void with_kv(const CudaKvTensor* kv, const char* what, Access&& access) {
-  CudaKvBuffer* const buffer = kv->group->buffer;
-  const std::lock_guard lock(buffer->mutex());
-  const Status done = guarded(access);
-  if (!done) {
-    log_error(std::string(what) + ": " + done.error().message);
-    buffer->keep_error(done.error());
   }
 }
 
@@ -108,23 +92,55 @@ void report(const CudaKvBuffer& buffer) {
   }
 }
 
-void free_buffer(ggml_backend_buffer_t buffer) {
-  try {
-    report(*context_of(buffer));
-  } catch (const std::exception& error) {
-    log_error(error.what());
-  }
-  delete context_of(buffer);
-}
+struct Memory {
+  using Buffer = CudaKvBuffer;
+  using Kv = CudaKvTensor;
+  static const CudaKvTensor* kv(const ggml_tensor* tensor) { return cuda_kv_tensor(tensor); }
+  static CudaKvBuffer* buffer_of(const CudaKvTensor& kv) { return kv.group->buffer; }
+  static constexpr auto read = read_kv;
+  static constexpr auto write = write_kv;
+  static constexpr auto write_zeros = write_kv_zeros;
+  static constexpr auto copy = copy_kv;
 
-void* get_base(ggml_backend_buffer_t buffer) { return context_of(buffer)->base(); }
+  static void fill(CudaKvBuffer* buffer, void* to, int value, std::size_t size) {
+    buffer->host_inputs().written(to, size);
+    finish(cudaMemsetAsync(to, value, size, cudaStreamPerThread), "memset");
+  }
+  static void set(CudaKvBuffer* buffer, void* to, const void* from, std::size_t size) {
+    buffer->host_inputs().written(to, from, size);
+    finish(cudaMemcpyAsync(to, from, size, cudaMemcpyHostToDevice, cudaStreamPerThread),
+           "copy to the device");
+  }
+  static void get(void* to, const void* from, std::size_t size) {
+    finish(cudaMemcpyAsync(to, from, size, cudaMemcpyDeviceToHost, cudaStreamPerThread),
+           "copy from the device");
+  }
+  static void move(CudaKvBuffer* buffer, void* to, const void* from, std::size_t size) {
+    buffer->host_inputs().written(to, size);
+    finish(cudaMemcpyAsync(to, from, size, cudaMemcpyDeviceToDevice, cudaStreamPerThread),
+           "copy on the device");
+  }
+
+  static void close(CudaKvBuffer* buffer) { report(*buffer); }
+  static ggml_status init(ggml_backend_buffer_t buffer, ggml_tensor* tensor);
+  static void clear(CudaKvBuffer* buffer, std::uint8_t value) {
+    const std::lock_guard lock(buffer->mutex());
+    buffer->clear();
+    buffer->host_inputs().forget();
+    if (buffer->has_memory()) {
+      cudaDeviceSynchronize();
+      finish(cudaMemsetAsync(buffer->base(), value, buffer->size(), cudaStreamPerThread), "clear");
+    }
+  }
+};
+using Table = BufferTable<Memory>;
 
 // Called for every tensor and view of every graph, so most calls must leave at the first lines.
-ggml_status init_tensor(ggml_backend_buffer_t buffer, ggml_tensor* tensor) {
+ggml_status Memory::init(ggml_backend_buffer_t buffer, ggml_tensor* tensor) {
   if (tensor->view_src != nullptr) {
     return GGML_STATUS_SUCCESS;
   }
-  CudaKvBuffer* context = context_of(buffer);
+  CudaKvBuffer* context = Table::of(buffer);
   const Status done = guarded([&] {
     const auto name =
         takes_over() && tensor->op == GGML_OP_NONE ? parse_kv_name(tensor->name) : std::nullopt;
@@ -148,95 +164,6 @@ ggml_status init_tensor(ggml_backend_buffer_t buffer, ggml_tensor* tensor) {
   return GGML_STATUS_SUCCESS;
 }
 
-void memset_tensor(ggml_backend_buffer_t buffer, ggml_tensor* tensor, std::uint8_t value,
-                   std::size_t offset, std::size_t size) {
-  if (const CudaKvTensor* kv = cuda_kv_tensor(tensor)) {
-    return with_kv(kv, "filling the KV cache", [&]() -> Status {
-      return value == 0 ? write_kv_zeros(*kv, offset_in_base(tensor, offset), size)
-                        : unsupported("only zeros may fill it");
-    });
-  }
-  context_of(buffer)->host_inputs().written(static_cast<std::byte*>(tensor->data) + offset, size);
-  finish(cudaMemsetAsync(static_cast<std::byte*>(tensor->data) + offset, value, size,
-                         cudaStreamPerThread),
-         "memset");
-}
-
-void set_tensor(ggml_backend_buffer_t buffer, ggml_tensor* tensor, const void* data,
-                std::size_t offset, std::size_t size) {
-  if (const CudaKvTensor* kv = cuda_kv_tensor(tensor)) {
-    return with_kv(kv, "writing to the KV cache",
-                   [&] { return write_kv(*kv, offset_in_base(tensor, offset), size, data); });
-  }
-  context_of(buffer)->host_inputs().written(static_cast<std::byte*>(tensor->data) + offset, data,
-                                            size);
-  finish(cudaMemcpyAsync(static_cast<std::byte*>(tensor->data) + offset, data, size,
-                         cudaMemcpyHostToDevice, cudaStreamPerThread),
-         "copy to the device");
-}
-
-void get_tensor(ggml_backend_buffer_t /*buffer*/, const ggml_tensor* tensor, void* data,
-                std::size_t offset, std::size_t size) {
-  if (const CudaKvTensor* kv = cuda_kv_tensor(tensor)) {
-    return with_kv(kv, "reading the KV cache",
-                   [&] { return read_kv(*kv, offset_in_base(tensor, offset), size, data); });
-  }
-  finish(cudaMemcpyAsync(data, static_cast<const std::byte*>(tensor->data) + offset, size,
-                         cudaMemcpyDeviceToHost, cudaStreamPerThread),
-         "copy from the device");
-}
-
-// False: the host copies by way of memory of its own.
-bool copy_tensor(ggml_backend_buffer_t buffer, const ggml_tensor* source, ggml_tensor* target) {
-  const ggml_backend_buffer_t source_buffer = base_of(source)->buffer;
-  if (source_buffer == nullptr || source_buffer->buft != buffer->buft) {
-    return false;
-  }
-  const CudaKvTensor* const from = cuda_kv_tensor(source);
-  const CudaKvTensor* const to = cuda_kv_tensor(target);
-  if ((from != nullptr) != (to != nullptr) ||
-      (from != nullptr && from->group->buffer != to->group->buffer)) {
-    return false;
-  }
-  if (from != nullptr) {
-    with_kv(to, "copying the KV cache", [&] {
-      return copy_kv(*from, offset_in_base(source, 0), *to, offset_in_base(target, 0),
-                     ggml_nbytes(source));
-    });
-    return true;
-  }
-  context_of(buffer)->host_inputs().written(target->data, ggml_nbytes(source));
-  finish(cudaMemcpyAsync(target->data, source->data, ggml_nbytes(source), cudaMemcpyDeviceToDevice,
-                         cudaStreamPerThread),
-         "copy on the device");
-  return true;
-}
-
-void clear_buffer(ggml_backend_buffer_t buffer, std::uint8_t value) {
-  CudaKvBuffer* context = context_of(buffer);
-  const std::lock_guard lock(context->mutex());
-  context->clear();
-  context->host_inputs().forget();
-  if (context->has_memory()) {
-    cudaDeviceSynchronize();
-    finish(cudaMemsetAsync(context->base(), value, context->size(), cudaStreamPerThread), "clear");
-  }
-}
-
-constexpr ggml_backend_buffer_i kBufferInterface = {
-    .free_buffer = free_buffer,
-    .get_base = get_base,
-    .init_tensor = init_tensor,
-    .memset_tensor = memset_tensor,
-    .set_tensor = set_tensor,
-    .get_tensor = get_tensor,
-    .set_tensor_2d = nullptr,
-    .get_tensor_2d = nullptr,
-    .cpy_tensor = copy_tensor,
-    .clear = clear_buffer,
-    .reset = nullptr,
-};
-
 ggml_backend_buffer_type_t inner_type() { return ggml_backend_dev_buffer_type(inner_device()); }
 
 const char* get_name(ggml_backend_buffer_type_t /*type*/) { return kCudaDeviceName; }
@@ -248,7 +175,7 @@ ggml_backend_buffer_t alloc_buffer(ggml_backend_buffer_type_t type, std::size_t 
       log_error(ok.error().message);
       return nullptr;
     }
-    return ggml_backend_buffer_init(type, kBufferInterface, context.release(), size);
+    return ggml_backend_buffer_init(type, Table::interface(), context.release(), size);
   } catch (const std::exception& error) {
     log_error(error.what());
     return nullptr;
@@ -376,7 +303,7 @@ void set_cuda_buffer_type_device(ggml_backend_dev_t device) { the_type.device = 
 
 CudaKvBuffer* cuda_buffer_of(const ggml_tensor* tensor) {
   const ggml_backend_buffer_t buffer = base_of(tensor)->buffer;
-  return buffer != nullptr && buffer->buft == cuda_buffer_type() ? context_of(buffer) : nullptr;
+  return buffer != nullptr && buffer->buft == cuda_buffer_type() ? Table::of(buffer) : nullptr;
 }
 
 CudaKvTensor* cuda_kv_tensor(const ggml_tensor* tensor) {

@@ -39,7 +39,7 @@ TEST_F(HostInputsTest, WrittenBytesAreKnownOnceTheyAreWatchedUntilAGraphHasRun) 
 }
 
 TEST_F(HostInputsTest, OnlyAWriteOfTheWholeRangeCounts) {
-  for (const auto [at, n] :
+  for (const auto& [at, n] :
        {std::pair<std::size_t, std::size_t>{64, 16}, {80, 16}, {0, 65}, {95, 100}, {0, 4096}}) {
     read(64, 32);
     write(64, 32, 1);
