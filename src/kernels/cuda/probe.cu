@@ -16,7 +16,6 @@ namespace {
 constexpr int kProbeWarps = 8;
 constexpr int kProbeThreads = kProbeWarps * kWarpLanes;
 constexpr int kBlockKeys = kProbeWarps * 32;
-constexpr int kParts = 2;  // columns by eights that a warp multiplies at once: independent sums
 constexpr int kTileColumns = 128;  // (probe, query head) pairs per stage
 
 // [two stages of query rows][two stages of (lse, position) of columns][where columns come from]
@@ -39,6 +38,86 @@ __device__ __forceinline__ int first_seeing(const ProbeParams& p, int token) {
   return low;
 }
 
+// A warp's 32 keys in registers, and their products with columns of a stage. A stage is rows of
+// query heads in units of 16 bytes, placed so that the reads meet different banks: column `row`,
+// unit `unit` of it is at unit_of().
+#if __CUDA_ARCH__ >= 900
+// Four warps at a time, columns straight from shared memory: twice the rate of single warps.
+template <int kHeadDim>
+struct KeyProduct {
+  static constexpr int kColumns = 32;  // at once
+  uint32_t keys[2][kHeadDim / 16][4];
+
+  static __device__ __forceinline__ int unit_of(int row, int unit) {
+    return (unit / 8 * kTileColumns + row) * 8 + ((unit ^ row) & 7);
+  }
+  // Of tokens g + 8n, from `from`.
+  __device__ __forceinline__ void load(const HalfBits* from, int n, int lane) {
+#pragma unroll
+    for (int step = 0; step < kHeadDim / 16; ++step) {
+      const auto* pairs = reinterpret_cast<const uint32_t*>(from + step * 16) + (lane & 3);
+      keys[n / 2][step][n % 2] = __ldg(pairs);
+      keys[n / 2][step][2 + n % 2] = __ldg(pairs + 4);
+    }
+  }
+  __device__ __forceinline__ void multiply(const uint8_t* stage, int first, int /*lane*/,
+                                           float (&s)[2][kColumns / 8][4]) const {
+    ptx::warpgroup_begin(s);
+#pragma unroll
+    for (int step = 0; step < kHeadDim / 16; ++step) {
+      const uint64_t columns = ptx::swizzled_operand(
+          stage + (step / 4 * kTileColumns + first) * 128 + step % 4 * 32);
+#pragma unroll
+      for (int block = 0; block < 2; ++block) {
+        ptx::warpgroup_mma_64x32x16(s[block], keys[block][step], columns, step > 0);
+      }
+    }
+    ptx::warpgroup_end(s);
+  }
+};
+#else
+template <int kHeadDim>
+struct KeyProduct {
+  static constexpr int kColumns = 16;  // at once: four independent sums
+  static constexpr int kUnits = kHeadDim / 8;
+  uint32_t keys[2][kHeadDim / 16][4];
+
+  // Odd rows swap the halves of every 128 bytes, so that the 8 lanes of one phase of a load (2 rows
+  // x 64 bytes) meet 8 different bank groups.
+  static __device__ __forceinline__ int unit_of(int row, int unit) {
+    return row * kUnits + (unit ^ ((row & 1) << 2));
+  }
+  __device__ __forceinline__ void load(const HalfBits* from, int n, int lane) {
+#pragma unroll
+    for (int chunk = 0; chunk < kHeadDim / 32; ++chunk) {
+      const uint4 x = ptx::load_16(from + chunk * 32 + (lane & 3) * 8);
+      keys[n / 2][chunk * 2][n % 2] = x.x, keys[n / 2][chunk * 2][2 + n % 2] = x.y;
+      keys[n / 2][chunk * 2 + 1][n % 2] = x.z, keys[n / 2][chunk * 2 + 1][2 + n % 2] = x.w;
+    }
+  }
+  __device__ __forceinline__ void multiply(const uint8_t* stage, int first, int lane,
+                                           float (&s)[2][kColumns / 8][4]) const {
+#pragma unroll
+    for (int n = 0; n < 4 * kColumns; ++n) {
+      s[n / (kColumns / 2)][n / 4 % (kColumns / 8)][n % 4] = 0;
+    }
+#pragma unroll
+    for (int chunk = 0; chunk < kHeadDim / 32; ++chunk) {
+#pragma unroll
+      for (int of = 0; of < kColumns / 8; ++of) {
+        const uint4 q = *reinterpret_cast<const uint4*>(
+            stage + unit_of(first + of * 8 + (lane >> 2), chunk * 4 + (lane & 3)) * 16);
+#pragma unroll
+        for (int block = 0; block < 2; ++block) {
+          ptx::mma_16x8x16(s[block][of], keys[block][chunk * 2], q.x, q.y);
+          ptx::mma_16x8x16(s[block][of], keys[block][chunk * 2 + 1], q.z, q.w);
+        }
+      }
+    }
+  }
+};
+#endif
+
 template <int kHeadDim>
 __global__ void __launch_bounds__(kProbeThreads, kHeadDim == 256 ? 1 : 2)
     probe_kernel(const __grid_constant__ ProbeParams p) {
@@ -49,24 +128,15 @@ __global__ void __launch_bounds__(kProbeThreads, kHeadDim == 256 ? 1 : 2)
   const int block_key = blockIdx.x * kBlockKeys, first_key = block_key + warp * 32;
   const int tile_probes = kTileColumns / group;  // a tile has whole probes
 
-  // Keys g, g+8, g+16, g+24 of the warp.
-  uint32_t keys[2][kHeadDim / 16][4];
+  using Product = KeyProduct<kHeadDim>;
+  Product product;
 #pragma unroll
   for (int n = 0; n < 4; ++n) {
     const int64_t token = min(first_key + n * 8 + g, p.n_tokens - 1);
-    const HalfBits* from = p.k + token * p.token_stride + static_cast<int64_t>(kv_head) * kHeadDim;
-#pragma unroll
-    for (int chunk = 0; chunk < kHeadDim / 32; ++chunk) {
-      const uint4 x = ptx::load_16(from + chunk * 32 + i * 8);
-      keys[n / 2][chunk * 2][n % 2] = x.x, keys[n / 2][chunk * 2][2 + n % 2] = x.y;
-      keys[n / 2][chunk * 2 + 1][n % 2] = x.z, keys[n / 2][chunk * 2 + 1][2 + n % 2] = x.w;
-    }
+    product.load(p.k + token * p.token_stride + static_cast<int64_t>(kv_head) * kHeadDim, n, lane);
   }
 
-  // A stage: rows of 16-byte units; odd rows swap the halves of every 128 bytes, so that the 8
-  // lanes of one phase of a load (2 rows x 64 bytes) meet 8 different bank groups.
   constexpr int kUnits = kHeadDim / 8;
-  const auto unit_of = [](int row, int unit) { return row * kUnits + (unit ^ ((row & 1) << 2)); };
   float2* columns = reinterpret_cast<float2*>(shared + 2 * stage_bytes(kHeadDim));
   // Of every column: its probe in the tile, and its head among all query heads. Looked up: dividing
   // by the group in every stage cost 6 % of the kernel.
@@ -83,7 +153,7 @@ __global__ void __launch_bounds__(kProbeThreads, kHeadDim == 256 ? 1 : 2)
       const int2 source = sources[row];
       const int probe = min(tile * tile_probes + source.x, p.n_probes - 1);
       const int64_t q_row = static_cast<int64_t>(probe) * p.n_heads + source.y;
-      ptx::copy_16(ptx::shared_address(to + unit_of(row, unit) * 16),
+      ptx::copy_16(ptx::shared_address(to + Product::unit_of(row, unit) * 16),
                    p.q + q_row * kHeadDim + unit * 8);
     }
     if (threadIdx.x < kTileColumns) {
@@ -114,35 +184,24 @@ __global__ void __launch_bounds__(kProbeThreads, kHeadDim == 256 ? 1 : 2)
     } else {
       ptx::wait_copies<0>();
     }
+    ptx::fence_async_proxy();
     __syncthreads();
     const uint8_t* rows = shared + stage * stage_bytes(kHeadDim);
     // Positions ascend: if the tile's first probe sees the warp's last key, all see all.
     const bool masked = __float_as_int(columns[stage * kTileColumns].y) < first_key + 31;
+    float s[2][Product::kColumns / 8][4] = {};
 #pragma unroll 1
-    for (int part = 0; part < kTileColumns / 8; part += kParts) {
-      float s[kParts][2][4] = {};
+    for (int first = 0; first < kTileColumns; first += Product::kColumns) {
+      product.multiply(rows, first, lane, s);
 #pragma unroll
-      for (int chunk = 0; chunk < kHeadDim / 32; ++chunk) {
-#pragma unroll
-        for (int of = 0; of < kParts; ++of) {
-          const uint4 q = *reinterpret_cast<const uint4*>(
-              rows + unit_of((part + of) * 8 + g, chunk * 4 + i) * 16);
-#pragma unroll
-          for (int block = 0; block < 2; ++block) {
-            ptx::mma_16x8x16(s[of][block], keys[block][chunk * 2], q.x, q.y);
-            ptx::mma_16x8x16(s[of][block], keys[block][chunk * 2 + 1], q.z, q.w);
-          }
-        }
-      }
-#pragma unroll
-      for (int of = 0; of < kParts; ++of) {
+      for (int of = 0; of < Product::kColumns / 8; ++of) {
         const float4 about = *reinterpret_cast<const float4*>(columns + stage * kTileColumns +
-                                                              (part + of) * 8 + i * 2);
+                                                              first + of * 8 + i * 2);
         const float lse[2] = {about.x, about.z};
         float weights[2][4];
 #pragma unroll
         for (int n = 0; n < 8; ++n) {
-          weights[n % 2][n / 2] = ptx::exp2(fmaf(s[of][n / 4][n % 4], log2_scale, -lse[n % 2]));
+          weights[n % 2][n / 2] = ptx::exp2(fmaf(s[n / 4][of][n % 4], log2_scale, -lse[n % 2]));
         }
         if (masked) {
           const int position[2] = {__float_as_int(about.y), __float_as_int(about.w)};

@@ -147,7 +147,7 @@ __device__ __forceinline__ uint32_t take_ticket(uint32_t* counter) {
 
 // The shared memory that a launch asked for.
 __device__ __forceinline__ uint8_t* dynamic_shared() {
-  extern __shared__ __align__(128) uint8_t zipcache_shared[];
+  extern __shared__ __align__(1024) uint8_t zipcache_shared[];
   return zipcache_shared;
 }
 
@@ -201,7 +201,59 @@ __device__ __forceinline__ void bulk_copy(uint32_t to, const void* from, uint32_
 __device__ __forceinline__ void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
+
+// --- Products of four warps ----------------------------------------------------------------------
+
+// Columns as rows of 64 halves in shared memory, 128 bytes each, the first at a multiple of 1024:
+// the 16-byte unit u of row r is at u ^ (r % 8). `from`: channel 0, 16, 32 or 48 of the first row.
+__device__ __forceinline__ uint64_t swizzled_operand(const void* from) {
+  constexpr uint64_t kBytesOf8Rows = 1024, kSwizzle128 = 1;
+  return (shared_address(from) & 0x3ffffu) >> 4 | uint64_t{1} << 16 | kBytesOf8Rows >> 4 << 32 |
+         kSwizzle128 << 62;
+}
+
+// c = a * b, + c if `add`: a is 64 x 16, of which each warp has 16 rows as in mma_16x8x16, b is 16
+// x 32, c[n] columns 8n to 8n + 7. Between warpgroup_begin() and warpgroup_end() of all sums; all
+// warps of the four call all of these.
+__device__ __forceinline__ void warpgroup_mma_64x32x16(float (&c)[4][4], const uint32_t (&a)[4],
+                                                       uint64_t b, bool add) {
+  asm volatile(
+      "{\n\t.reg .pred add;\n\t"
+      "setp.ne.b32 add, %21, 0;\n\t"
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+      "{%16, %17, %18, %19}, %20, add, 1, 1, 0;\n\t}"
+      : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]),
+        "+f"(c[1][2]), "+f"(c[1][3]), "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]),
+        "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));
+}
+template <int kSums>
+__device__ __forceinline__ void keep_in_order(float (&c)[kSums][4][4]) {
+#pragma unroll
+  for (int n = 0; n < kSums * 16; ++n) {
+    asm volatile("" : "+f"(c[n / 16][n / 4 % 4][n % 4])::"memory");
+  }
+}
+template <int kSums>
+__device__ __forceinline__ void warpgroup_begin(float (&c)[kSums][4][4]) {
+  keep_in_order(c);
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+template <int kSums>
+__device__ __forceinline__ void warpgroup_end(float (&c)[kSums][4][4]) {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  keep_in_order(c);
+}
 #endif
+
+// What this thread has written to shared memory becomes visible to products of four warps.
+__device__ __forceinline__ void fence_async_proxy() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
 
 // 16 bytes from global to shared memory, asynchronously.
 __device__ __forceinline__ void copy_16(uint32_t to, const void* from) {
