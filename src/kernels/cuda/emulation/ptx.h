@@ -80,18 +80,18 @@ inline uint32_t shared_address(const void* p) {
 }
 
 // Each warp by itself, in columns of 8.
-inline uint64_t swizzled_operand(const void* from) { return shared_address(from); }
-inline void warpgroup_mma_64x32x16(float (&c)[4][4], const uint32_t (&a)[4], uint64_t b, bool add) {
+inline uint32_t swizzled_operand(const void* from) { return shared_address(from) / 16; }
+template <int kColumns>
+void warpgroup_mma(float (&c)[kColumns][4], const uint32_t (&a)[4], uint32_t b, bool add) {
   const int lane = threadIdx.x % 32, g = lane / 4, i = lane % 4;
-  const auto first_row = static_cast<uint32_t>(b) / 1024 * 1024;
-  const uint32_t within = static_cast<uint32_t>(b) - first_row;  // of the first row
+  const uint32_t first_row = b / 64 * 1024, within = b * 16 - first_row;  // bytes
   const auto word = [&](int row, uint32_t byte) {
     const uint32_t unit = (byte / 16) ^ (row % 8);
     uint32_t pair;
     std::memcpy(&pair, internal::at(first_row + row * 128 + unit * 16 + byte % 16), sizeof(pair));
     return pair;
   };
-  for (int n = 0; n < 4; ++n) {
+  for (int n = 0; n < kColumns; ++n) {
     for (float& sum : c[n]) {
       sum = add ? sum : 0;
     }
@@ -100,8 +100,9 @@ inline void warpgroup_mma_64x32x16(float (&c)[4][4], const uint32_t (&a)[4], uin
 }
 template <typename Sums>
 void warpgroup_begin(Sums&) {}
-template <typename Sums>
-void warpgroup_end(Sums&) {}
+inline void warpgroup_commit() {}
+template <int kPending, typename Sums>
+void warpgroup_wait(Sums&) {}
 inline void fence_async_proxy() {}
 
 inline uint32_t transpose_8x8(uint32_t pair) {
