@@ -16,14 +16,19 @@ namespace zipcache::cuda {
 inline constexpr int kFoldTiles = 32;
 
 struct ItemHead {
-  int row, n_pages, next, set, n_tokens;
+  int row, n_pages, next, set, n_tokens, next_set;
   uint32_t bits;
 };
 __device__ __forceinline__ ItemHead load_item(const DecodeParams& params, int index) {
   const uint4 a = ptx::load_16(params.items + index);
   const uint4 b = ptx::load_16(reinterpret_cast<const uint4*>(params.items + index) + 1);
-  return {static_cast<int>(a.x), static_cast<int>(a.z), static_cast<int>(a.w),
-          static_cast<int>(b.x), static_cast<int>(b.z), b.y};
+  return {static_cast<int>(a.x),
+          static_cast<int>(a.z),
+          static_cast<int>(a.w),
+          static_cast<int>(b.x),
+          static_cast<int>(b.z),
+          static_cast<int>(b.w),
+          b.y};
 }
 
 // --- Merging states of one head ------------------------------------------------------------------
@@ -304,8 +309,16 @@ __global__ void __launch_bounds__(decode_threads(kHeadDim), kDecodeBlocksPerSm)
     const int value_offset = tile_value_offset(kHeadDim, cls);
     const HalfBits* q = params.q + static_cast<int64_t>(item.row) * group * kHeadDim;
     const float* factors = params.value_factors + static_cast<int64_t>(item.row) * kHeadDim;
-    if (warp == 0 && lane < kHeadDim / 32) {
-      ptx::prefetch(factors + lane * 32);  // for the end
+    if (warp == 0 && lane < kHeadDim / 32) {  // 128 bytes each: for the next item, and for the end
+      if (item.next_set >= 0) {
+        const HalfBits* set = params.key_sets + static_cast<int64_t>(item.next_set) * 2 * kHeadDim;
+        ptx::prefetch(set + lane * 64);
+        if (params.key_orders != nullptr && lane * 128 < kHeadDim) {
+          ptx::prefetch(params.key_orders + static_cast<int64_t>(item.next_set) * kHeadDim +
+                        lane * 128);
+        }
+      }
+      ptx::prefetch(factors + lane * 32);
     }
     if (item.n_pages > 0) {
       if (item.set != folded_set) {  // values of another width share the keys' set

@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kRangeThreads) find_ranges(const __grid_consta
       const int64_t at =
           token_of_slot(p, head, slot) * p.token_stride + head * p.head_dim + column * 8;
       k[n] = __ldg(reinterpret_cast<const uint4*>(p.k + at));
-      v[n] = __ldg(reinterpret_cast<const uint4*>(p.v + at));
+      v[n] = p.keep_factors ? uint4{0, 0, 0, 0} : __ldg(reinterpret_cast<const uint4*>(p.v + at));
     }
 #pragma unroll
     for (int n = 0; n < kBatch; ++n) {

@@ -32,6 +32,7 @@ struct PackCase {
   float wide_clip = 1.0f;
   bool with_query_power = true;
   bool keep_length = false;
+  bool keep_factors = false;  // all of them 2
 
   int n_sets() const { return *std::max_element(key_set.begin(), key_set.end()) + 1; }
   int n_wide() const {
@@ -77,6 +78,7 @@ Packed run_pack(const PackCase& c) {
   p.n_key_sets = c.n_sets();
   p.wide_clip = c.wide_clip;
   p.keep_length = c.keep_length;
+  p.keep_factors = c.keep_factors;
   for (int cls = 0; cls < p.n_classes; ++cls) {
     p.classes[cls] = c.classes[cls];
     p.class_tokens[cls] = c.class_tokens[cls];
@@ -108,7 +110,7 @@ Packed run_pack(const PackCase& c) {
   DeviceArray<Half> key_sets(std::size_t(c.n_kv_heads) * p.n_key_sets * 2 * c.head_dim);
   DeviceArray<std::uint8_t> key_orders(std::size_t(c.n_kv_heads) * p.n_key_sets * c.head_dim, 0xff);
   const DeviceArray<float> query_power(packed.query_power);
-  DeviceArray<float> factors(std::size_t(c.n_kv_heads) * c.head_dim);
+  DeviceArray<float> factors(std::vector<float>(std::size_t(c.n_kv_heads) * c.head_dim, 2.0f));
   DeviceArray<std::uint32_t> workspace(pack_workspace_words(p));
   p.k = k.data();
   p.v = v.data();
@@ -306,6 +308,15 @@ TEST_F(PackTest, ClassesOfTheDefaultPolicy) {
     c.keep_length = true;
     check_pack(c);
   }
+}
+
+TEST_F(PackTest, LaterSegmentsKeepTheFactors) {
+  PackCase c;
+  c.class_tokens = {100, 150};
+  c.keep_factors = true;
+  check_pack(c);
+  EXPECT_EQ(run_pack(c).cache.value_factors,
+            std::vector<float>(std::size_t(c.n_kv_heads) * c.head_dim, 2.0f));
 }
 
 TEST_F(PackTest, WideChannels) {

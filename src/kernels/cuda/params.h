@@ -21,6 +21,7 @@ struct alignas(128) WorkItem {
   std::int32_t set = 0;    // scale set: index into DecodeParams::key_sets
   std::uint32_t bits = 0;  // item_class_bits(), kItem... flags
   std::int32_t n_tokens = 0;
+  std::int32_t next_set = -1;      // of the block's next item
   std::int32_t first_partial = 0;  // slots of the row: [first_partial, first_partial + n_partials)
   std::int32_t n_partials = 0;     // 1: the block has the whole row and writes the result itself
   std::int32_t partial = 0;        // the block's slot
@@ -28,7 +29,7 @@ struct alignas(128) WorkItem {
   struct Page {
     std::uint32_t unit = 0;
   } pages[kItemPages];
-  std::int32_t unused[10] = {};
+  std::int32_t unused[9] = {};
 };
 ZC_HOST_DEVICE constexpr std::uint32_t item_class_bits(PageClass cls) {
   return static_cast<std::uint32_t>(cls.key_bits | cls.value_bits << 4 | cls.wide_chunks << 8 |

@@ -288,6 +288,7 @@ class Planner {
           if (!first) {
             plan.items.emplace_back();
             plan.items[last].next = static_cast<std::int32_t>(at);
+            plan.items[last].next_set = item.n_pages > 0 ? item.set : -1;
           }
           item.next = -1;
           plan.items[at] = item;

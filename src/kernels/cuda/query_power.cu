@@ -8,23 +8,24 @@
 namespace zipcache::cuda {
 namespace {
 
-constexpr int kWarps = 32;
-constexpr int kBlockChannels = 2 * kWarpLanes;
+constexpr int kThreads = 1024;
+constexpr int kPairs = 8;  // of channels
+constexpr int kRows = kThreads / kPairs;
 
-__global__ void __launch_bounds__(kWarps* kWarpLanes)
+__global__ void __launch_bounds__(kThreads)
     query_power_kernel(const __grid_constant__ QueryPowerParams p) {
-  __shared__ float2 sums[kWarps][kWarpLanes];
-  const int warp = threadIdx.x / kWarpLanes, lane = threadIdx.x % kWarpLanes;
+  __shared__ float2 sums[kRows][kPairs];
+  const int pair = threadIdx.x % kPairs, own = threadIdx.x / kPairs;
   const int kv_head = blockIdx.y, group = p.n_heads / p.n_kv_heads;
-  const int channel = blockIdx.x * kBlockChannels + lane * 2;
+  const int channel = (blockIdx.x * kPairs + pair) * 2;
   const int n_rows = p.n_queries * group;  // query after query, the heads of the group in each
   float2 sum = {0, 0};
   constexpr int kBatch = 8;  // rows whose loads are under way together
-  for (int first = warp; first < n_rows; first += kWarps * kBatch) {
+  for (int first = own; first < n_rows; first += kRows * kBatch) {
     uint32_t pairs[kBatch];
 #pragma unroll
     for (int n = 0; n < kBatch; ++n) {
-      const int row = first + n * kWarps;
+      const int row = first + n * kRows;
       const int64_t q_row =
           static_cast<int64_t>(row / group) * p.n_heads + kv_head * group + row % group;
       pairs[n] = row < n_rows
@@ -38,24 +39,26 @@ __global__ void __launch_bounds__(kWarps* kWarpLanes)
       sum.y = fmaf(high, high, sum.y);
     }
   }
-  sums[warp][lane] = sum;
-  __syncthreads();
-  if (warp == 0) {
-    float2* to = reinterpret_cast<float2*>(p.power + kv_head * p.head_dim + channel);
-    float2 total = p.add ? *to : float2{0, 0};
-    for (int of = 0; of < kWarps; ++of) {
-      total.x += sums[of][lane].x;
-      total.y += sums[of][lane].y;
+  sums[own][pair] = sum;
+  for (int half = kRows / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (own < half) {
+      sums[own][pair].x += sums[own + half][pair].x;
+      sums[own][pair].y += sums[own + half][pair].y;
     }
-    *to = total;
+  }
+  if (own == 0) {
+    float2* to = reinterpret_cast<float2*>(p.power + kv_head * p.head_dim + channel);
+    const float2 before = p.add ? *to : float2{0, 0};
+    *to = {before.x + sums[0][pair].x, before.y + sums[0][pair].y};
   }
 }
 
 }  // namespace
 
 cudaError_t launch_query_power(const QueryPowerParams& p, cudaStream_t stream) {
-  return launch_kernel(query_power_kernel, dim3(p.head_dim / kBlockChannels, p.n_kv_heads),
-                       kWarps * kWarpLanes, 0, stream, p);
+  return launch_kernel(query_power_kernel, dim3(p.head_dim / (2 * kPairs), p.n_kv_heads), kThreads,
+                       0, stream, p);
 }
 
 }  // namespace zipcache::cuda
