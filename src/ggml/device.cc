@@ -1,6 +1,5 @@
 #include "ggml/device.h"
 
-#include <exception>
 #include <string>
 
 #include "ggml.h"

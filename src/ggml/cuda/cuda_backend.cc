@@ -10,9 +10,7 @@
 #include <algorithm>
 #include <cstring>
 #include <deque>
-#include <exception>
 #include <memory>
-#include <new>
 #include <optional>
 #include <span>
 #include <string>
