@@ -5,8 +5,8 @@ Usage: check_cuda_budget.py [--update] [--budget FILE] LOG...
 
 A LOG is the output of a build with `-Xptxas -v`. A kernel that exceeds its budget of registers, static
 shared memory or spills (stack included; none where the budget names none), or is missing from the
-budget fails; a budget that no build output mentions fails too, if its architecture was built. --update writes the budget from the
-logs, spills excepted: to allow some takes a hand and a reason.
+budget fails; a budget that no build output mentions fails too, if its architecture was built.
+--update writes the budget from the logs, spills excepted: to allow some takes a hand and a reason.
 """
 import argparse
 import json

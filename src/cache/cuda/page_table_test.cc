@@ -310,6 +310,33 @@ TEST(PageTable, CopiedStreamsSharePagesUntilTheLastIsGone) {
   EXPECT_LE(table.pool_bytes(), 2 * bytes);  // the pages of the last one are free again
 }
 
+TEST(PageTable, SharedPagesAreGivenUpForOwnOnes) {
+  Engine engine(2);
+  ASSERT_TRUE(engine.step(0, 1, cells(0, 600)));
+  PageTable& table = engine.table();
+  EXPECT_FALSE(table.own_pages(0, 0));  // it shares none
+  table.copy_stream(0, 1);
+  table.restore(1, std::vector<std::int32_t>{table.blocks(1)[0]->cells[3]});  // one is dead
+  const PagedBlock before = *table.blocks(1)[0];
+  const std::optional<PagedBlock> shared = table.own_pages(1, 0);
+  ASSERT_TRUE(shared);
+  const PagedBlock& own = *table.blocks(1)[0];
+  EXPECT_EQ(shared->pages[0].unit, table.blocks(0)[0]->pages[0].unit);
+  EXPECT_EQ(own.cells, before.cells);
+  EXPECT_EQ(own.n_live, before.n_live);
+  EXPECT_NE(own.serial, before.serial);
+  EXPECT_NE(own.first_set, shared->first_set);
+  EXPECT_NE(own.first_rank, shared->first_rank);
+  ASSERT_EQ(own.pages.size(), shared->pages.size());
+  for (std::size_t n = 0; n < own.pages.size(); ++n) {
+    EXPECT_NE(own.pages[n].unit, shared->pages[n].unit);
+    EXPECT_EQ(own.pages[n].cls, shared->pages[n].cls);
+    EXPECT_EQ(own.pages[n].tokens, shared->pages[n].tokens);
+  }
+  EXPECT_FALSE(table.own_pages(1, 0));
+  EXPECT_FALSE(table.own_pages(0, 0));  // nor does the first any more
+}
+
 TEST(PageTable, RowsOutsideOfTheirStreamAreRefused) {
   Engine engine(1);
   const std::vector<std::int64_t> rows{kCells};
