@@ -10,6 +10,7 @@ the spot: it shows errors, not quality.
 
 import concurrent.futures
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -214,6 +215,9 @@ if __name__ == "__main__":
     is_cpu = "ZipCache" in sys.argv
     OPTIONS.plain = [] if is_cpu else ["-ngl", "99", "-dev", "CUDA0"]
     root = Path(__file__).resolve().parent.parent
+    if not is_cpu and shutil.which("nvidia-smi") is None:
+        print("SKIPPED: no nvidia-smi")
+        sys.exit(77)
     if "--model" not in sys.argv and "-h" not in sys.argv:
         work = Path(sys.argv[sys.argv.index("--work") + 1] if "--work" in sys.argv
                     else tempfile.gettempdir())
