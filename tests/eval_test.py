@@ -112,6 +112,13 @@ class Perplexity(EvalTest):
         self.assertEqual(sum(v for k, v in records[3]["bytes"].items() if k != "total"),
                          records[3]["bytes"]["total"])
 
+    def test_rest_of_a_text(self):
+        whole, rest = (self.results(*self.ppl("--chunks", chunks, *skip, "q8_0"))
+                       for chunks, skip in ((0, []), (0, ["--skip-percent", 50])))
+        self.assertLess(rest[1]["n_tokens"], whole[1]["n_tokens"])
+        self.assertGreaterEqual(2 * rest[1]["n_tokens"] + WINDOW, whole[1]["n_tokens"])
+        self.assertNotEqual(rest[0]["ppl"], whole[0]["ppl"])
+
     def test_token_by_token(self):
         at_once, alone = (self.results(*self.ppl("--chunks", 1, "--style", style, "policy=fp16",
                                                  "mode=paper"))
@@ -204,6 +211,7 @@ class Errors(EvalTest):
         self.assert_one_line(self.evaluate(*self.ppl(n_ctx=2)), "at least")
         self.assert_one_line(self.evaluate("--task", "lines", "--lines", 100, "-c", 64), "64")
         self.assert_one_line(self.evaluate("--task", "lines", "--style", "decode"), "--style")
+        self.assert_one_line(self.evaluate("--task", "lines", "--skip-percent", 50), "--skip")
         self.assert_one_line(self.evaluate(*self.ppl(), ZIPCACHE_KEY_BITS="4"), "ZIPCACHE_KEY_BITS")
         self.assert_one_line(self.evaluate(*self.ppl("--out", self.text)), self.text)
 
