@@ -49,6 +49,8 @@ const std::vector<Case>& cases() {
       {"gear_l_2bit",
        {{"policy", "gear-l"}, {"key-bits", "2"}, {"value-bits", "2"}, {"group", "32"}},
        4e-3},
+      {"static", {{"policy", "static"}}, 4e-3},
+      {"skvq", {{"policy", "skvq"}, {"hold", "8"}, {"seal", "32"}}, 4e-3},
       {"roco", {{"metric", "roco"}, {"seal", "32"}}, 3e-3},
       {"last_token", {{"metric", "last-token"}, {"seal", "32"}}, 3e-3},
   };
