@@ -129,7 +129,8 @@ class TestEngine {
     layer.layer = kLayer;
     for (std::vector<float>* high : {&layer.key_max, &layer.query_max, &layer.value_max}) {
       for (std::size_t c = 0; c < high->size(); ++c) {
-        (*high)[c] = 0.5f + static_cast<float>(c * 7 % 13);
+        const std::size_t step = high == &layer.value_max ? 5 : 7;
+        (*high)[c] = 0.5f + static_cast<float>(c * step % 13);
       }
     }
     return policy::make_policy(settings, &calibration).value();
