@@ -357,6 +357,7 @@ TEST(ServesLayer, OnlyThoseOfTheCalibration) {
                   "heads of 64 (K) and 64 (V) channels"),
               std::string::npos);
     EXPECT_FALSE(serves_layer(policy, 0, 2, 64, 128));
+    EXPECT_FALSE(serves_layer(policy, 0, 4, 64, 64));
   }
 }
 
