@@ -2,8 +2,9 @@
 // so that those of alike ranges share a group; ranges are clipped about zero; the newest tokens and
 // the first are exact. Which channels are alike comes from a calibration run. What differs from the
 // publication:
-// - channels are clustered inside each KV head (over all heads there), in groups of equal size, so
-//   a group is half a head at most; keys have rotary embedding applied (before it there);
+// - channels are clustered inside each KV head, in groups of equal size, at most half a head (over
+//   all heads there, in clusters of any size: a few outlying channels get a scale of their own);
+// - keys have rotary embedding applied (before it there, where channels differ more);
 // - scale and minimum of a group are two bytes as there, but not two FP8 numbers: a range always
 //   holds 0;
 // - one fraction of clipping for all layers (searched layer by layer there);
