@@ -199,14 +199,13 @@ class Calibrated(EvalTest):
 
     WINDOW_POLICY = ",sinks=0,hold=0,seal=32,calibration="
 
-    def calibrate(self, name="calibration.json", *arguments, **settings):
+    def calibrate(self, name="calibration.json", data=None, tokens=256, n_ctx=128):
         path = self.folder / name
-        done = run(OPTIONS.zipcache, "calibrate", "-m", OPTIONS.model, "-t", 1, "--data", self.text,
-                   "--tokens", 256, "-c", 128, "-ub", 64, "-o", path, *arguments, **settings)
-        return path, done
+        return path, run(OPTIONS.zipcache, "calibrate", "-m", OPTIONS.model, "-t", 1, "--data",
+                         data or self.text, "--tokens", tokens, "-c", n_ctx, "-ub", 64, "-o", path)
 
-    def calibrated(self, name="calibration.json", *arguments):
-        path, done = self.calibrate(name, *arguments)
+    def calibrated(self, name="calibration.json", tokens=256):
+        path, done = self.calibrate(name, tokens=tokens)
         self.assertEqual(done.returncode, 0, done.stderr)
         return path
 
@@ -226,7 +225,7 @@ class Calibrated(EvalTest):
             self.assertGreater(min(layer["query_max"]), 0)
         self.assertEqual(self.calibrated("again.json").read_bytes(), path.read_bytes())
         # More of the same text only widens what was seen.
-        more = json.loads(self.calibrated("more.json", "--tokens", 512).read_text())
+        more = json.loads(self.calibrated("more.json", tokens=512).read_text())
         self.assertEqual(more["n_tokens"], 512)
         for before, after in zip(made["layers"], more["layers"]):
             for figure in ("key_max", "query_max", "value_max"):
@@ -271,7 +270,7 @@ class Calibrated(EvalTest):
         path, out = self.calibrated(), self.folder / "run"
         command = self.ppl("--chunks", 1, f"policy=static,calibration={path}", "--out", out)
         self.assertEqual(self.evaluate(*command).returncode, 0)
-        self.calibrated("calibration.json", "--tokens", 512)
+        self.calibrated(tokens=512)
         self.assert_one_line(self.evaluate(*command), "files was", "calibration.json")
 
     def test_errors(self):
@@ -305,10 +304,10 @@ class Calibrated(EvalTest):
 
     def test_calibrate_errors(self):
         self.assert_one_line(self.calibrate("absent/c.json")[1], "absent/c.json")
-        self.assert_one_line(self.calibrate("c.json", "--data", "absent.txt")[1], "absent.txt")
-        self.assert_one_line(self.calibrate("c.json", "-c", 100000, "--tokens", 100000)[1],
-                             self.text, "tokens")
-        self.assert_one_line(self.calibrate("c.json", "--tokens", 1)[1], "--tokens", code=2)
+        self.assert_one_line(self.calibrate(data="absent.txt")[1], "absent.txt")
+        self.assert_one_line(self.calibrate(n_ctx=100000, tokens=100000)[1], self.text,
+                             "tokens")
+        self.assert_one_line(self.calibrate(tokens=1)[1], "--tokens", code=2)
 
 
 class Errors(EvalTest):
