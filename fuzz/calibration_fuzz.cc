@@ -31,8 +31,8 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     const auto policy = make_policy({{"policy", name}}, &*read);
     require(static_cast<bool>(policy));
     for (const LayerCalibration& layer : read->layers) {
-      require(static_cast<bool>(serves_layer(*policy, layer.layer, layer.n_kv_heads,
-                                             layer.key_dim, layer.value_dim)));
+      require(static_cast<bool>(
+          serves_layer(*policy, layer.layer, layer.n_kv_heads, layer.key_dim, layer.value_dim)));
       for (const float factor : policy->given.at(layer.layer).key_factors) {
         require(factor > 0 && factor < 1e30f);
       }

@@ -36,8 +36,7 @@ Status LayerCache::set_heads(std::uint32_t n_kv_heads, std::uint32_t key_dim,
     return unsupported("the number of KV heads of a layer changed from " +
                        std::to_string(n_kv_heads_) + " to " + std::to_string(n_kv_heads));
   }
-  if (Status served =
-          policy::serves_layer(*policy_, shape_.layer, n_kv_heads, key_dim, value_dim);
+  if (Status served = policy::serves_layer(*policy_, shape_.layer, n_kv_heads, key_dim, value_dim);
       !served) {
     return served;
   }

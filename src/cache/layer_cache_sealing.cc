@@ -91,8 +91,9 @@ Status LayerCache::seal_values(std::uint32_t segment, const format::TensorFormat
       return over_budget(*budget_, layout->total_bytes());
     }
     AlignedVector<std::byte> bytes(layout->total_bytes());
-    quant::replace_values(*block.layout, block.bytes.data(), *layout, policy_->quant_rules(shape_.layer).value,
-                          decode(segment, Tensor::kValue), bytes.data());
+    quant::replace_values(*block.layout, block.bytes.data(), *layout,
+                          policy_->quant_rules(shape_.layer).value, decode(segment, Tensor::kValue),
+                          bytes.data());
     budget_->release(block.bytes.size());
     block.bytes = std::move(bytes);
     block.layout = layout;

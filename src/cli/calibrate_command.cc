@@ -32,10 +32,10 @@ Expected<std::vector<eval::Window>> read_windows(const CalibrateOptions& options
   if (!text) {
     return text.error();
   }
-  const std::size_t n_ctx = std::min({std::size_t{options.n_ctx}, options.n_tokens,
-                                      std::size_t{model.n_ctx_train()}});
-  Expected<std::vector<eval::Window>> windows = eval::cut_windows(
-      model.tokenize_text(*text), n_ctx, options.n_tokens / n_ctx, model.bos());
+  const std::size_t n_ctx =
+      std::min({std::size_t{options.n_ctx}, options.n_tokens, std::size_t{model.n_ctx_train()}});
+  Expected<std::vector<eval::Window>> windows =
+      eval::cut_windows(model.tokenize_text(*text), n_ctx, options.n_tokens / n_ctx, model.bos());
   if (!windows) {
     return invalid_argument(path + ": " + windows.error().message);
   }
@@ -59,9 +59,7 @@ Expected<Progress> read_all(Session& session, const std::vector<eval::Window>& w
 
 void add_calibrate_options(CLI::App& command, CalibrateOptions& options) {
   constexpr std::uint32_t kMaxTokens = 1u << 30;
-  const auto range = [](std::uint32_t min) {
-    return CLI::Range(min, kMaxTokens).description("");
-  };
+  const auto range = [](std::uint32_t min) { return CLI::Range(min, kMaxTokens).description(""); };
   options.n_threads = static_cast<std::int32_t>(std::max(1u, std::thread::hardware_concurrency()));
   command.add_option("-m,--model", options.model_path, "model, a GGUF file")
       ->type_name("FILE")
@@ -99,7 +97,8 @@ void add_calibrate_options(CLI::App& command, CalibrateOptions& options) {
 
 Expected<RunEnd> calibrate(const CalibrateOptions& options) {
   install_host_log(options.is_verbose);
-  // Better to fail now than after minutes of work; what is there stays until there is something new.
+  // Better to fail now than after minutes of work; what is there stays until there is something
+  // new.
   if (!std::ofstream(options.out_path, std::ios::app)) {
     return invalid_argument("can't write " + options.out_path + ": " + std::strerror(errno));
   }
@@ -163,9 +162,8 @@ Expected<RunEnd> calibrate(const CalibrateOptions& options) {
   if (!(file << policy::calibration_text(*calibration)).flush()) {
     return invalid_argument("can't write " + options.out_path + ": " + std::strerror(errno));
   }
-  fmt::print("{}: {} layers of {}, {} tokens of {}\n", options.out_path,
-             calibration->layers.size(), calibration->model, calibration->n_tokens,
-             calibration->text);
+  fmt::print("{}: {} layers of {}, {} tokens of {}\n", options.out_path, calibration->layers.size(),
+             calibration->model, calibration->n_tokens, calibration->text);
   return RunEnd::kDone;
 }
 

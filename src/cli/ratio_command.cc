@@ -41,8 +41,8 @@ Expected<Policies> make_policies(const eval::PolicySpec& spec,
                                  const std::vector<LayerGroup>& shape) {
   Policies policies;
   for (const LayerGroup& group : shape) {
-    const policy::Calibration flat = policy::flat_calibration(
-        group.dims.n_kv_heads, group.dims.key_dim, group.dims.value_dim);
+    const policy::Calibration flat =
+        policy::flat_calibration(group.dims.n_kv_heads, group.dims.key_dim, group.dims.value_dim);
     Expected<policy::Policy> made = policy::make_policy(spec.settings, &flat);
     if (!made) {
       return made.error();

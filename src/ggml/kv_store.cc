@@ -243,8 +243,7 @@ void KvStore::forget_writer(std::uint32_t stream) {
 }
 
 void KvStore::observe() {
-  observer_ =
-      std::make_unique<ChannelObserver>(shape_.layer, shape_.key_row, shape_.value_row);
+  observer_ = std::make_unique<ChannelObserver>(shape_.layer, shape_.key_row, shape_.value_row);
 }
 
 void KvStore::clear() {

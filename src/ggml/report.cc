@@ -50,8 +50,12 @@ State& state() {
 
 Snapshot look_at(KvBuffer* buffer) {
   const std::lock_guard lock(buffer->mutex());
-  return {buffer->bytes(), buffer->live_tokens(), buffer->policy_seconds(), buffer->n_layers(),
-          policy::describe(*buffer->settings().policy), buffer->channels()};
+  return {buffer->bytes(),
+          buffer->live_tokens(),
+          buffer->policy_seconds(),
+          buffer->n_layers(),
+          policy::describe(*buffer->settings().policy),
+          buffer->channels()};
 }
 
 std::string to_json(const Snapshot& seen) {
@@ -59,21 +63,21 @@ std::string to_json(const Snapshot& seen) {
   const double sealed_share =
       bytes.live_tokens == 0 ? 0.0 : double(bytes.sealed_tokens) / double(bytes.live_tokens);
   nlohmann::ordered_json json = {{"policy", seen.policy},
-                                       {"bytes",
-                                        {{"codes", bytes.codes},
-                                         {"params", bytes.params},
-                                         {"masks", bytes.masks},
-                                         {"staging", bytes.staging},
-                                         {"slack", bytes.slack},
-                                         {"total", bytes.total()}}},
-                                       {"fp16_bytes", bytes.fp16},
-                                       {"ratio", bytes.ratio()},
-                                       {"bits_per_element", bytes.bits_per_element()},
-                                       {"live_tokens", seen.live_tokens},
-                                       {"sealed_share", sealed_share},
-                                       {"policy_seconds", seen.policy_seconds},
-                                       {"isa", kernel_table().isa},
-                                       {"version", ZIPCACHE_VERSION}};
+                                 {"bytes",
+                                  {{"codes", bytes.codes},
+                                   {"params", bytes.params},
+                                   {"masks", bytes.masks},
+                                   {"staging", bytes.staging},
+                                   {"slack", bytes.slack},
+                                   {"total", bytes.total()}}},
+                                 {"fp16_bytes", bytes.fp16},
+                                 {"ratio", bytes.ratio()},
+                                 {"bits_per_element", bytes.bits_per_element()},
+                                 {"live_tokens", seen.live_tokens},
+                                 {"sealed_share", sealed_share},
+                                 {"policy_seconds", seen.policy_seconds},
+                                 {"isa", kernel_table().isa},
+                                 {"version", ZIPCACHE_VERSION}};
   if (!seen.channels.empty()) {
     policy::Calibration calibration;
     calibration.layers = seen.channels;

@@ -19,7 +19,7 @@ constexpr double kLargestHalf = 65504;  // what a cache can hold
 // A figure of a layer, of which there is one for each channel.
 struct Figure {
   const char* name;
-  std::vector<float> LayerCalibration::* values;
+  std::vector<float> LayerCalibration::*values;
   bool is_of_values;
 };
 constexpr Figure kFigures[] = {
@@ -77,8 +77,7 @@ Expected<LayerCalibration> parse_layer(const Json& json) {
     }
     if (values.size() != n_channels(layer, figure)) {
       return malformed(name + " with " + std::to_string(values.size()) + " figures in " +
-                       figure.name + " instead of " +
-                       std::to_string(n_channels(layer, figure)));
+                       figure.name + " instead of " + std::to_string(n_channels(layer, figure)));
     }
   }
   const auto exceeds = [](const std::vector<float>& low, const std::vector<float>& high) {
@@ -145,12 +144,9 @@ Calibration flat_calibration(std::uint32_t n_kv_heads, std::uint32_t key_dim,
 }
 
 std::string calibration_text(const Calibration& calibration) {
-  Json json = {{"format", kFormat},
-               {"version", kCalibrationVersion},
-               {"model", calibration.model},
-               {"model_fingerprint", calibration.model_fingerprint},
-               {"text", calibration.text},
-               {"n_tokens", calibration.n_tokens},
+  Json json = {{"format", kFormat},          {"version", kCalibrationVersion},
+               {"model", calibration.model}, {"model_fingerprint", calibration.model_fingerprint},
+               {"text", calibration.text},   {"n_tokens", calibration.n_tokens},
                {"layers", Json::array()}};
   for (const LayerCalibration& layer : calibration.layers) {
     Json entry = {{"layer", layer.layer},

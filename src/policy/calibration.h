@@ -42,8 +42,8 @@ struct Calibration {
 Calibration flat_calibration(std::uint32_t n_kv_heads, std::uint32_t key_dim,
                              std::uint32_t value_dim);
 
-// JSON: {"format", "version", "model", "model_fingerprint", "text", "n_tokens", "layers": [{"layer",
-// "n_kv_heads", "key_dim", "value_dim", "key_min", "key_max", "query_max", "value_min",
+// JSON: {"format", "version", "model", "model_fingerprint", "text", "n_tokens", "layers":
+// [{"layer", "n_kv_heads", "key_dim", "value_dim", "key_min", "key_max", "query_max", "value_min",
 // "value_max"}]}. Floats read back as they were. REQUIRES: figures of up to 65504, as fp16 has.
 std::string calibration_text(const Calibration& calibration);
 

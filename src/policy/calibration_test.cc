@@ -85,7 +85,8 @@ TEST(CalibrationErrors, OtherVersions) {
 }
 
 TEST(CalibrationErrors, OtherContents) {
-  for (const char* text : {"", "{", "[]", "null", "3", "{}", "{\"format\": \"other\"}", "\xff\xfe"}) {
+  for (const char* text :
+       {"", "{", "[]", "null", "3", "{}", "{\"format\": \"other\"}", "\xff\xfe"}) {
     const auto read = parse_calibration(text);
     ASSERT_FALSE(read) << text;
     EXPECT_NE(read.error().message.find("found no calibration of zipcache"), std::string::npos)
@@ -97,9 +98,11 @@ TEST(CalibrationErrors, OtherContents) {
 TEST(CalibrationErrors, MissingParts) {
   for (const char* name : {"version", "model", "model_fingerprint", "text", "n_tokens", "layers"}) {
     EXPECT_NE(error_after([&](Json& j) { j.erase(name); }).find(name), std::string::npos);
-    EXPECT_NE(error_after([&](Json& j) { j[name] = Json::object({{"a", 1}}); },
-                          name == std::string("version") ? ErrorCode::kUnsupported
-                                                         : ErrorCode::kCorrupt),
+    EXPECT_NE(error_after(
+                  [&](Json& j) {
+                    j[name] = Json::object({{"a", 1}});
+                  },
+                  name == std::string("version") ? ErrorCode::kUnsupported : ErrorCode::kCorrupt),
               "no error")
         << name;
   }
@@ -135,23 +138,27 @@ TEST(CalibrationErrors, Layers) {
 }
 
 TEST(CalibrationErrors, Figures) {
-  EXPECT_NE(error_after([](Json& j) { j["layers"][2]["key_max"].push_back(1); })
-                .find("layer 7 with 65 figures in key_max instead of 64"),
+  EXPECT_NE(error_after([](Json& j) {
+              j["layers"][2]["key_max"].push_back(1);
+            }).find("layer 7 with 65 figures in key_max instead of 64"),
             std::string::npos);
-  EXPECT_NE(error_after([](Json& j) { j["layers"][2]["value_max"].erase(0); })
-                .find("31 figures in value_max instead of 32"),
+  EXPECT_NE(error_after([](Json& j) {
+              j["layers"][2]["value_max"].erase(0);
+            }).find("31 figures in value_max instead of 32"),
             std::string::npos);
   for (const Json& bad : {Json(65505), Json(1e300), Json(-1e39), Json("1"), Json()}) {
     EXPECT_NE(error_after([&](Json& j) { j["layers"][0]["query_max"][3] = bad; }), "no error")
         << bad;
   }
   for (const char* name : {"key_min", "value_min"}) {
-    EXPECT_NE(error_after([&](Json& j) { j["layers"][0][name][5] = 6e4; })
-                  .find("a minimum above its maximum"),
+    EXPECT_NE(error_after([&](Json& j) {
+                j["layers"][0][name][5] = 6e4;
+              }).find("a minimum above its maximum"),
               std::string::npos);
   }
-  EXPECT_NE(error_after([](Json& j) { j["layers"][0]["query_max"][0] = -1; })
-                .find("a minimum above its maximum"),
+  EXPECT_NE(error_after([](Json& j) {
+              j["layers"][0]["query_max"][0] = -1;
+            }).find("a minimum above its maximum"),
             std::string::npos);
   // Infinity is no number of JSON, and too large a one none of a double.
   std::string text = calibration_text(flat_calibration(1, 16, 16));

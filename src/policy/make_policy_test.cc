@@ -263,9 +263,9 @@ TEST(MakePolicy, StaticTakesFactorsFromTheCalibration) {
   const LayerChannels& channels = policy.given.at(2);
   EXPECT_EQ(channels.n_kv_heads, 2u);
   ASSERT_EQ(channels.key_factors.size(), 128u);
-  EXPECT_EQ(channels.key_factors[3], 2.0f);             // sqrt(4 / 1)
+  EXPECT_EQ(channels.key_factors[3], 2.0f);  // sqrt(4 / 1)
   EXPECT_EQ(channels.key_factors[4], std::sqrt(8.0f));
-  EXPECT_EQ(channels.key_factors[5], 1.0f);             // no query has it: nothing to balance
+  EXPECT_EQ(channels.key_factors[5], 1.0f);  // no query has it: nothing to balance
   EXPECT_EQ(channels.value_factors[9], 4.0f);
   EXPECT_EQ(channels.value_factors[10], 1.0f);
   EXPECT_TRUE(channels.key_order.empty());

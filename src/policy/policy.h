@@ -51,8 +51,8 @@ struct TensorPolicy {
 // not ask for it. See quant::TensorRules.
 struct LayerChannels {
   std::uint32_t n_kv_heads = 0, key_dim = 0, value_dim = 0;
-  std::vector<float> key_factors{}, value_factors{};          // Factors::kGiven
-  std::vector<std::uint16_t> key_order{}, value_order{};      // TensorPolicy::reordered
+  std::vector<float> key_factors{}, value_factors{};      // Factors::kGiven
+  std::vector<std::uint16_t> key_order{}, value_order{};  // TensorPolicy::reordered
 };
 
 struct Policy {

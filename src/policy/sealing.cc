@@ -134,8 +134,8 @@ Status serves_layer(const Policy& policy, std::uint32_t layer, std::uint32_t n_k
   const std::string calibrated =
       given == policy.given.end()
           ? "lacks it among its " + std::to_string(policy.given.size()) + " layers"
-          : "says " + words(given->second.n_kv_heads, given->second.key_dim,
-                            given->second.value_dim);
+          : "says " +
+                words(given->second.n_kv_heads, given->second.key_dim, given->second.value_dim);
   return unsupported("layer " + std::to_string(layer) + " has " +
                      words(n_kv_heads, key_dim, value_dim) + ", but the calibration " + calibrated +
                      ": it is another model's; make one of this with zipcache calibrate -m MODEL "

@@ -191,7 +191,8 @@ const std::vector<SettingHelp>& setting_words() {
       {"hold", "0..65536",
        "newest tokens, not yet quantized; where it is 28, it fills up the sinks to a multiple of "
        "32"},
-      {"seal", "32..65536 in steps of 32; paper, official, gear, mikv and static 16..65536, h2o 1..65536",
+      {"seal",
+       "32..65536 in steps of 32; paper, official, gear, mikv and static 16..65536, h2o 1..65536",
        "staged tokens that start a quantization"},
       {"block", "0 or 32..65536 in steps of 32; paper, official, mikv and static 0 or 16..65536",
        "most tokens of one block, 0 for no limit"},
@@ -338,8 +339,9 @@ const Calibration* SettingReader::calibration() {
   constexpr std::string_view kName = "calibration";
   if (calibration_ == nullptr) {
     reject(kName, "but no file was read");
-    fail(kName, "missing, and this policy takes its channels' figures from it; make it with: "
-                "zipcache calibrate -m MODEL -o FILE, then set calibration=FILE");
+    fail(kName,
+         "missing, and this policy takes its channels' figures from it; make it with: "
+         "zipcache calibrate -m MODEL -o FILE, then set calibration=FILE");
     return nullptr;
   }
   if (const std::string* text = find(kName)) {

@@ -63,8 +63,8 @@ void take_orders(SettingReader& in, const Calibration& calibration, Policy& poli
     if (layer.key_dim % group != 0 || layer.value_dim % group != 0) {
       in.fail("group", std::to_string(group) + " does not split heads of " +
                            std::to_string(layer.key_dim) + " (K) and " +
-                           std::to_string(layer.value_dim) +
-                           " (V) channels, as layer " + std::to_string(layer.layer) +
+                           std::to_string(layer.value_dim) + " (V) channels, as layer " +
+                           std::to_string(layer.layer) +
                            " of the calibration has them; group 0 is the largest that does");
       return;
     }

@@ -17,17 +17,14 @@ constexpr std::uint32_t kSealTokens = 32;
 float magnitude(float min, float max) { return std::max(std::abs(min), std::abs(max)); }
 
 LayerChannels channels_of(const LayerCalibration& seen) {
-  LayerChannels channels{.n_kv_heads = seen.n_kv_heads,
-                         .key_dim = seen.key_dim,
-                         .value_dim = seen.value_dim};
+  LayerChannels channels{
+      .n_kv_heads = seen.n_kv_heads, .key_dim = seen.key_dim, .value_dim = seen.value_dim};
   for (std::size_t c = 0; c < seen.key_min.size(); ++c) {
-    const float factor =
-        std::sqrt(magnitude(seen.key_min[c], seen.key_max[c]) / seen.query_max[c]);
+    const float factor = std::sqrt(magnitude(seen.key_min[c], seen.key_max[c]) / seen.query_max[c]);
     channels.key_factors.push_back(factor > 0 && std::isfinite(factor) ? factor : 1.0f);
   }
   for (std::size_t c = 0; c < seen.value_min.size(); ++c) {
-    channels.value_factors.push_back(
-        std::sqrt(magnitude(seen.value_min[c], seen.value_max[c])));
+    channels.value_factors.push_back(std::sqrt(magnitude(seen.value_min[c], seen.value_max[c])));
   }
   return channels;
 }
