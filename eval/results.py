@@ -34,7 +34,8 @@ HELD_OUT = {"--skip-percent": 50}
 OURS = ["default", "kv-bits=3", "kv-bits=2.6", "kv-bits=2.25"]
 FRONTIER = ["q8_0", "q4_0", "policy=fp16", *OURS, "mode=paper",
             "policy=kivi,key-bits=4,value-bits=4", "policy=kivi,key-bits=2,value-bits=2",
-            "policy=gear", "policy=mikv", "policy=h2o"]
+            "policy=gear", "policy=mikv", "policy=h2o", "policy=static", "policy=skvq"]
+CALIBRATED = ("policy=static", "policy=skvq")  # these get their model's calibration file
 LONG = ["q4_0", *OURS, "mode=paper", "policy=kivi,key-bits=2,value-bits=2"]
 UNIFORM = [f"policy=uniform,granularity={granularity},key-bits={bits},value-bits={bits}"
            for bits in (4, 2)
@@ -67,7 +68,7 @@ def ppl(name, policies, text, model=SMOLLM2, **options):
 
 RUNS = [
     Run("ratio", "ratio", ["default", "mode=paper", "policy=kivi", "policy=kivi,residual=32",
-                           "policy=fp16"]),
+                           "policy=mikv", "policy=fp16"]),
     *(ppl(f"ppl-{model_name}-{text_name}-2048", FRONTIER, text, model,
           **{"-c": 2048, "--chunks": chunks})
       for model_name, model, chunks in (("smollm2", SMOLLM2, 2), ("gemma3", GEMMA3, 1))
@@ -91,7 +92,8 @@ SMOKE_POLICIES = 2
 
 
 def policies_of(args, run):
-    return run.policies[:SMOKE_POLICIES] if args.smoke else run.policies
+    return [policy for number, policy in enumerate(run.policies)
+            if not args.smoke or number < SMOKE_POLICIES or policy.startswith(CALIBRATED)]
 
 
 def zipcache(args, *command):
@@ -100,6 +102,27 @@ def zipcache(args, *command):
                           env=harness.environment() | {"ZIPCACHE_DATA": str(args.data_folder)})
     if done.returncode != 0:
         harness.fail(f"{' '.join(command)} failed ({done.returncode})")
+
+
+def calibration(args, model):
+    return args.work / f"{model.stem}.json"
+
+
+def calibrate(args, models):
+    """Makes the calibration files, from the half of a book that is not evaluated."""
+    args.work.mkdir(parents=True, exist_ok=True)
+    text = args.work / "moby_dick_first_half.txt"
+    whole = harness.data_file(MOBY_DICK).read_text(encoding="utf-8")
+    text.write_text(whole[:len(whole) // 2], encoding="utf-8")
+    for model in models:
+        zipcache(args, "calibrate", "-m", model, "--data", text, "-t", args.threads,
+                 *(["--tokens", 256, "-c", 128] if args.smoke else []), "-o",
+                 calibration(args, model))
+
+
+def with_calibration(args, run, policy):
+    return (f"{policy},calibration={calibration(args, run.model)}"
+            if policy.startswith(CALIBRATED) else policy)
 
 
 def measure_ratio(args, run, folder):
@@ -117,8 +140,11 @@ def measure_accuracy(args, run, folder):
     options = run.smoke if args.smoke else run.options
     flags = [part for flag, value in options.items() for part in (flag, value)]
     zipcache(args, "eval", "-m", run.model, "--task", run.task, *flags, "-t", args.threads, "--out",
-             folder, *policies_of(args, run))
-    return harness.read(folder, "results.jsonl")
+             folder, *(with_calibration(args, run, policy) for policy in policies_of(args, run)))
+    # Policies are named by what they are given, files without their folders.
+    return [json.loads(json.dumps(record).replace(f"calibration={args.work}{os.sep}",
+                                                  "calibration="))
+            for record in harness.read(folder, "results.jsonl")]
 
 
 def measure(args, run):
@@ -154,6 +180,8 @@ def main():
         if run.model == SMOLLM2:
             run.model = args.model
         harness.need(run.model, f"run: tools/fetch.py {run.model.stem}")
+    calibrate(args, {run.model for run in runs if run.task != "ratio" and
+                     any(p.startswith(CALIBRATED) for p in policies_of(args, run))})
     meta = harness.run_meta(args.build)
     start = time.monotonic()
     with ThreadPoolExecutor(max_workers=args.jobs) as pool:

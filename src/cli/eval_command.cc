@@ -83,7 +83,8 @@ std::string options_text(const EvalOptions& options) {
 }
 
 // The files that a run depends on, found and fingerprinted: {name: "size:hash"}.
-Expected<Json> fingerprints(const EvalOptions& options, const EvalCaches& caches) {
+Expected<Json> fingerprints(const EvalOptions& options, const EvalCaches& caches,
+                            std::span<const eval::PolicySpec> policies) {
   std::vector<std::string> files = options.task.files;
   const std::vector<std::string> own = eval::default_files(options.task.name, options.task.is_chat);
   if (files.empty()) {
@@ -108,6 +109,13 @@ Expected<Json> fingerprints(const EvalOptions& options, const EvalCaches& caches
     }
     if (Status added = add(*path); !added) {
       return added.error();
+    }
+  }
+  for (const eval::PolicySpec& policy : policies) {
+    if (const auto file = policy.settings.find("calibration"); file != policy.settings.end()) {
+      if (Status added = add(file->second); !added) {
+        return added.error();
+      }
     }
   }
   if (Status added = add(options.model_path); !added) {
@@ -331,7 +339,7 @@ Expected<RunEnd> evaluate(EvalOptions options) {
     }
     task = std::move(*made);
   }
-  const Expected<Json> files = fingerprints(options, *caches);
+  const Expected<Json> files = fingerprints(options, *caches, *policies);
   if (!files) {
     return files.error();
   }
