@@ -58,8 +58,8 @@ def prefill():
              if r["bench"].startswith("prefill")}
     rows = []
     for r in read("cuda_decode.jsonl"):
-        if r["bench"] in ("pack", "probe"):
-            n = r["shape"].split(",")[0]
+        if r["bench"] in ("pack", "probe", "query power"):
+            n = r["shape"].split()[0].rstrip(",")
             rows.append([r["bench"], r["shape"], f"{r['seconds'] * 1e6:.0f}"] +
                         [f"{100 * r['seconds'] / times[(f'prefill fp16 {peer}', n)]:.2f} %"
                          for peer in ("flash", "cudnn")])

@@ -39,9 +39,9 @@ struct Tails {
 // Attention of one query head over a row's pages, in double, straight from the page bytes.
 double check_row(const Shape& shape, const std::vector<std::byte>& pool,
                  const std::vector<PageEntry>& pages, int begin, int end,
-                 const std::vector<HalfBits>& sets, int set_base, const float* factors,
-                 const HalfBits* q, const HalfBits* tail_k, const HalfBits* tail_v,
-                 const float* got) {
+                 const std::vector<HalfBits>& sets, const std::vector<std::uint8_t>& orders,
+                 int set_base, const float* factors, const HalfBits* q, const HalfBits* tail_k,
+                 const HalfBits* tail_v, const float* got) {
   const int d = shape.head_dim;
   const double scale = 1 / std::sqrt(double(d));
   std::vector<double> scores, sum(d);
@@ -50,14 +50,16 @@ double check_row(const Shape& shape, const std::vector<std::byte>& pool,
     const PageEntry e = pages[at];
     const PageClass cls = shape.classes[e.cls];
     const HostPage page({const_cast<std::byte*>(&pool[std::size_t{e.unit} * kTileAlignment]),
-                         std::size_t(page_bytes(d, cls.key_bits, cls.value_bits))},
+                         std::size_t(page_bytes(d, cls))},
                         d, cls);
-    const HalfBits* set = &sets[std::size_t(set_base + e.set) * 2 * d];
+    const std::size_t set_at = std::size_t(set_base + e.set) * d;
+    const HalfBits* set = &sets[2 * set_at];
     for (int token = 0; token < e.tokens; ++token) {
       double dot = 0;
       for (int c = 0; c < d; ++c) {
+        const int channel = cls.wide_chunks > 0 ? orders[set_at + c] : c;  // of the c-th stored
         dot +=
-            double{half_to_float(q[c])} *
+            double{half_to_float(q[channel])} *
             (double{half_to_float(set[c])} * page.key_code(token, c) + half_to_float(set[d + c]));
         values.push_back(double{factors[c]} * half_to_float(page.scale(token)) *
                          (page.value_code(token, c) - half_to_float(page.zero(token))));
@@ -106,9 +108,9 @@ double worst_error(const Shape& shape, const PackedBatch& batch, const Tails& ta
     const PageLayout& layout = batch.layout;
     worst =
         std::max(worst, check_row(shape, pool, layout.pages, layout.row_begin[row],
-                                  layout.row_begin[row + 1], batch.host_sets, layout.set_base[row],
-                                  &batch.host_factors[std::size_t(row) * d], &q[head * d],
-                                  k.data() + tail, v.data() + tail, &out[head * d]));
+                                  layout.row_begin[row + 1], batch.host_sets, batch.host_orders,
+                                  layout.set_base[row], &batch.host_factors[std::size_t(row) * d],
+                                  &q[head * d], k.data() + tail, v.data() + tail, &out[head * d]));
   }
   return worst;
 }
@@ -150,6 +152,7 @@ void bench_decode(const Report& report, const Shape& shape, int n_samples) {
   p.out = out.data();
   p.pages = batch.pages.data();
   p.key_sets = batch.key_sets.data();
+  p.key_orders = batch.key_orders.data();
   p.value_factors = batch.value_factors.data();
   p.items = items.data();
   p.n_blocks = plan.n_blocks;

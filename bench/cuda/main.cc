@@ -44,12 +44,21 @@ int main(int argc, char** argv) {
 
   using Classes = std::vector<PageClass>;
   const Classes mixed{{4, 4}, {2, 2}}, low{{2, 2}}, high{{4, 4}}, three{{4, 3}, {3, 3}, {3, 2}};
+  // Keys 4 bits for 20 % of the tokens and half of the channels, else 2; values 3 bits for half.
+  const auto usual = [](int head_dim) {
+    const auto wide = static_cast<std::uint8_t>(head_dim / 2 / kChunkChannels);
+    return Classes{{4, 3}, {2, 3, wide, 4}, {2, 2, wide, 4}};
+  };
+  const std::vector<double> usual_share{0.2, 0.3, 0.5};
   const Shape shapes[] = {
       {"B8 32k mixed", 8, 32768, mixed, {0.6, 0.4}},
       {"B8 32k mixed tail 64", 8, 32768, mixed, {0.6, 0.4}, 64},
       {"B8 32k 2-bit", 8, 32768, low, {1}},
       {"B8 32k 4-bit", 8, 32768, high, {1}},
-      {"B8 32k default", 8, 32768, three, {0.3, 0.2, 0.5}},
+      {"B8 32k default", 8, 32768, usual(128), usual_share},
+      {"B8 32k K 4,3 V 3,2", 8, 32768, three, {0.3, 0.2, 0.5}},
+      {"B64 4k default", 64, 4096, usual(128), usual_share},
+      {"B1 32k default", 1, 32768, usual(128), usual_share},
       {"B64 4k mixed", 64, 4096, mixed, {0.6, 0.4}},
       {"B64 4k mixed tail 64", 64, 4096, mixed, {0.6, 0.4}, 64},
       {"B1 128k mixed", 1, 131072, mixed, {0.6, 0.4}},
@@ -75,6 +84,9 @@ int main(int argc, char** argv) {
       bench_probe(report, shape, n_probes, n_samples);
       bench_prefill(report, shape, 1, n_samples);
       bench_prefill(report, shape, 512, n_samples);
+      const Shape of_default{std::string(name) + " default", 1, tokens, usual(128), usual_share};
+      bench_pack(report, of_default, n_samples);
+      bench_prefill(report, of_default, 512, n_samples);
     }
   }
   return 0;

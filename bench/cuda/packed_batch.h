@@ -10,10 +10,12 @@
 
 namespace zipcache::cuda {
 
-// Where the pages of all rows lie, row after row, class after class; set n of a row is class n's.
+// Where the pages of all rows lie, row after row, class after class. Classes with keys of the same
+// widths share a scale set, as in a sealed block.
 struct PageLayout {
   std::vector<PageEntry> pages;
-  std::vector<std::int32_t> row_begin{0}, set_base, class_tokens;
+  std::vector<std::int32_t> row_begin{0}, set_base, class_tokens, class_set;
+  int n_sets = 0;  // of a row
   std::size_t pool_bytes = 0;
 
   explicit PageLayout(const Shape& shape);
@@ -24,17 +26,20 @@ struct PackedBatch {
   PageClass classes[kMaxClasses];
   int n_copies;
   std::vector<HalfBits> host_sets;
+  std::vector<std::uint8_t> host_orders;
   std::vector<float> host_factors;
   DeviceBuffer<std::uint8_t> pools;  // [n_copies, pool_bytes]
   DeviceBuffer<PageEntry> pages;
   DeviceBuffer<HalfBits> key_sets;
+  DeviceBuffer<std::uint8_t> key_orders;
   DeviceBuffer<float> value_factors;
 
   explicit PackedBatch(const Shape& shape);
   const std::uint8_t* pool(int copy) const { return pools.data() + copy * layout.pool_bytes; }
   // Of one copy, parameters counted.
   double bytes() const {
-    return double(layout.pool_bytes) + host_sets.size() * 2.0 + host_factors.size() * 4.0;
+    return double(layout.pool_bytes) + host_sets.size() * 2.0 + double(host_orders.size()) +
+           host_factors.size() * 4.0;
   }
 };
 

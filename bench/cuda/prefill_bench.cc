@@ -101,6 +101,7 @@ void bench_prefill(const Report& report, const Shape& shape, int n_queries, int 
   p.row_begin = row_begin.data();
   p.set_base = set_base.data();
   p.key_sets = batch.key_sets.data();
+  p.key_orders = batch.key_orders.data();
   p.value_factors = batch.value_factors.data();
   p.n_dense = n_queries;
   p.dense_k = k.data();
@@ -133,23 +134,29 @@ void bench_pack(const Report& report, const Shape& shape, int n_samples) {
   p.n_kv_heads = shape.n_kv_heads;
   p.head_dim = shape.head_dim;
   p.token_stride = std::int64_t{shape.n_kv_heads} * shape.head_dim;
-  p.n_classes = p.n_key_sets = static_cast<std::int32_t>(shape.classes.size());
+  p.n_classes = static_cast<std::int32_t>(shape.classes.size());
+  p.n_key_sets = layout.n_sets;
   for (int cls = 0; cls < p.n_classes; ++cls) {
     p.classes[cls] = shape.classes[cls];
     p.class_tokens[cls] = layout.class_tokens[cls];
-    p.key_set[cls] = cls;
+    p.key_set[cls] = layout.class_set[cls];
     p.key_clip[cls] = p.value_clip[cls] = 1;
   }
   const DeviceBuffer<std::int32_t> order(random_order(shape, layout));
   const DeviceBuffer<PageEntry> pages(layout.pages);
   const DeviceBuffer<std::uint8_t> pool(layout.pool_bytes);
   const DeviceBuffer<HalfBits> key_sets(std::size_t(p.n_kv_heads) * p.n_key_sets * 2 * p.head_dim);
+  const DeviceBuffer<std::uint8_t> key_orders(std::size_t(p.n_kv_heads) * p.n_key_sets *
+                                              p.head_dim);
   const DeviceBuffer<float> factors(std::size_t(p.n_kv_heads) * p.head_dim);
   const DeviceBuffer<std::uint32_t> workspace(pack_workspace_words(p));
   p.order = order.data();
   p.pages = pages.data();
   p.pool = pool.data();
   p.key_sets = key_sets.data();
+  p.key_orders = key_orders.data();
+  // As the default has it.
+  p.keep_length = std::ranges::any_of(shape.classes, [](auto cls) { return cls.wide_chunks > 0; });
   p.value_factors = factors.data();
   p.workspace = workspace.data();
   const Timing t = time_graph(kPromptCopies, n_samples, [&](int copy, cudaStream_t stream) {
@@ -194,6 +201,20 @@ void bench_probe(const Report& report, const Shape& shape, int n_probes, int n_s
   });
   report.line("probe", shape.name + ", " + std::to_string(n_probes) + " probes", size * 2.0, t,
               terms_per_second(pairs, shape.head_dim, 1, t));
+
+  QueryPowerParams power;
+  power.n_queries = n_probes;
+  power.n_kv_heads = shape.n_kv_heads;
+  power.n_heads = shape.n_heads;
+  power.head_dim = shape.head_dim;
+  power.q = q.data();
+  const DeviceBuffer<float> sums(std::size_t(shape.n_kv_heads) * shape.head_dim);
+  power.power = sums.data();
+  report.line("query power", shape.name + ", " + std::to_string(n_probes) + " probes",
+              double(n_rows) * shape.head_dim * 2,
+              time_graph(kPromptCopies, n_samples, [&](int, cudaStream_t stream) {
+                require_ok(query_power(power, stream));
+              }));
 }
 
 }  // namespace zipcache::cuda

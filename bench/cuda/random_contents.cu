@@ -43,10 +43,9 @@ __global__ void fill_page_params(std::uint8_t* pool, const PageEntry* pages, int
   const PageEntry entry = pages[blockIdx.x];
   const PageClass cls = classes.of[entry.cls];
   const int token = threadIdx.x;
-  HalfBits* params = reinterpret_cast<HalfBits*>(
-      pool + std::size_t{entry.unit} * kTileAlignment +
-      token / kTileTokens * tile_bytes(head_dim, cls.key_bits, cls.value_bits) +
-      tile_param_offset(head_dim, cls.key_bits, cls.value_bits));
+  HalfBits* params = reinterpret_cast<HalfBits*>(pool + std::size_t{entry.unit} * kTileAlignment +
+                                                 token / kTileTokens * tile_bytes(head_dim, cls) +
+                                                 tile_param_offset(head_dim, cls));
   const float levels = (1 << cls.value_bits) - 1;
   const std::uint64_t x = blockIdx.x * std::uint64_t{kPageTokens} + token;
   params[scale_index(token % kTileTokens)] =

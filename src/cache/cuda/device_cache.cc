@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 #include <string>
+#include <tuple>
 
 #include "kernels/cuda/plan.h"
 
@@ -51,8 +52,9 @@ Expected<std::unique_ptr<DeviceCache>> DeviceCache::create(const TableShape& sha
     return ok.error();
   }
   for (LayeredArray* array :
-       {&cache->key_sets_, &cache->ranks_, &cache->value_factors_, &cache->tail_k_, &cache->tail_v_,
-        &cache->ring_q_, &cache->ring_lse_, &cache->last_lse_}) {
+       {&cache->key_sets_, &cache->key_orders_, &cache->query_power_, &cache->ranks_,
+        &cache->value_factors_, &cache->tail_k_, &cache->tail_v_, &cache->ring_q_,
+        &cache->ring_lse_, &cache->last_lse_}) {
     array->set_layers(shape.n_layers);
   }
   const auto blocks = prefill_resident_blocks(static_cast<int>(shape.head_dim));
@@ -173,6 +175,10 @@ Status DeviceCache::make_room(const StepTensors& in, Stream stream) {
 
   ZC_TRY(pool_.ensure(table_.pool_bytes()));
   ZC_TRY(key_sets_.ensure(table_.n_sets() * 2 * dim * sizeof(HalfBits), true, stream));
+  if (table_.has_wide_channels()) {
+    ZC_TRY(key_orders_.ensure(table_.n_sets() * dim, true, stream));
+    ZC_TRY(query_power_.ensure(streams * heads * dim * sizeof(float), false, stream));
+  }
   ZC_TRY(ranks_.ensure(table_.n_ranks() * sizeof(std::uint16_t), true, stream));
   ZC_TRY(value_factors_.ensure(streams * heads * dim * sizeof(float), false, stream));
   const std::size_t tail = streams * heads * kTailTokens * dim * sizeof(HalfBits);
@@ -259,13 +265,19 @@ Status DeviceCache::upload(const StepTensors& in, Stream stream) {
     std::vector<PageSource> sources;
     std::vector<std::int32_t> row_begin{0};
     for (std::uint32_t head = 0; head < heads; ++head) {
-      for (const auto& block : s.visible) {
-        const auto n_pages = static_cast<std::uint32_t>(block->classes.n_pages());
-        for (std::uint32_t page = 0; page < n_pages; ++page) {
-          const PageEntry entry = block->pages[head * n_pages + page];
-          pages.push_back(entry);
-          sources.push_back({block->first_rank + (head * n_pages + page) * kPageTokens,
-                             block->first_cell, entry.tokens});
+      // Each order of channels costs the kernel a reload of its queries: pages as they come first.
+      for (const bool has_wide : {false, true}) {
+        for (const auto& block : s.visible) {
+          const auto n_pages = static_cast<std::uint32_t>(block->classes.n_pages());
+          for (std::uint32_t page = 0; page < n_pages; ++page) {
+            const PageEntry entry = block->pages[head * n_pages + page];
+            if ((table_.classes()[entry.cls].wide_chunks > 0) != has_wide) {
+              continue;
+            }
+            pages.push_back(entry);
+            sources.push_back({block->first_rank + (head * n_pages + page) * kPageTokens,
+                               block->first_cell, entry.tokens});
+          }
         }
       }
       row_begin.push_back(static_cast<std::int32_t>(pages.size()));
@@ -302,7 +314,7 @@ Status DeviceCache::plan_decode_launch(Stream stream) {
       wanted.push_back(block->serial);
     }
   }
-  const auto classes = page_classes(table_.policy());
+  const auto& classes = table_.classes();
   const int group = static_cast<int>(in_.n_heads / shape.n_kv_heads);
   if (!decode_setup_) {
     const auto setup = prepare_decode(static_cast<int>(shape.head_dim), group, classes);
@@ -318,7 +330,8 @@ Status DeviceCache::plan_decode_launch(Stream stream) {
   std::vector<std::int32_t> row_begin{0};
   for (const StreamStep& s : step_.streams) {
     for (std::uint32_t head = 0; head < shape.n_kv_heads; ++head) {
-      // Class by class: a change of class or scale set costs the kernel a reload.
+      // A change of class or scale set costs the kernel a reload. Class by class, but pages with
+      // wide channels set by set: values of two widths share them.
       const std::size_t begin = pages.size();
       for (const auto& block : s.visible) {
         const auto n_pages = static_cast<std::ptrdiff_t>(block->classes.n_pages());
@@ -326,7 +339,13 @@ Status DeviceCache::plan_decode_launch(Stream stream) {
         pages.insert(pages.end(), first, first + n_pages);
       }
       std::stable_sort(pages.begin() + static_cast<std::ptrdiff_t>(begin), pages.end(),
-                       [](const PageEntry& a, const PageEntry& b) { return a.cls < b.cls; });
+                       [&](const PageEntry& a, const PageEntry& b) {
+                         const auto key = [&](const PageEntry& page) {
+                           const bool has_wide = classes[page.cls].wide_chunks > 0;
+                           return std::tuple(has_wide, has_wide ? page.set : 0, page.cls);
+                         };
+                         return key(a) < key(b);
+                       });
       row_begin.push_back(static_cast<std::int32_t>(pages.size()));
     }
   }
@@ -363,9 +382,10 @@ std::uint64_t DeviceCache::launch_key() const {
   mix(step_.first_stream << 8 | step_.streams.size());
   for (const void* pointer :
        {static_cast<const void*>(pool_.data()), key_sets_.layer<const void>(0),
-        value_factors_.layer<const void>(0), tail_k_.layer<const void>(0),
-        tail_v_.layer<const void>(0), ring_q_.layer<const void>(0), ring_lse_.layer<const void>(0),
-        last_lse_.layer<const void>(0), static_cast<const void*>(q_half_.as<std::byte>()),
+        key_orders_.layer<const void>(0), value_factors_.layer<const void>(0),
+        tail_k_.layer<const void>(0), tail_v_.layer<const void>(0), ring_q_.layer<const void>(0),
+        ring_lse_.layer<const void>(0), last_lse_.layer<const void>(0),
+        static_cast<const void*>(q_half_.as<std::byte>()),
         static_cast<const void*>(uploaded_.as<std::byte>()),
         static_cast<const void*>(plan_items_.as<std::byte>()),
         static_cast<const void*>(plan_pages_.as<std::byte>()),
@@ -442,6 +462,7 @@ Status DeviceCache::decode_layer(std::uint32_t index, const LayerTensors& layer,
   attend.pool = pool(index);
   attend.pages = plan_pages_.as<PageEntry>();
   attend.key_sets = key_sets_.layer<HalfBits>(index);
+  attend.key_orders = key_orders_.layer<std::uint8_t>(index);
   attend.value_factors =
       value_factors_.layer<float>(index) + first * shape.n_kv_heads * shape.head_dim;
   attend.tail_k = put.to.k;
@@ -537,14 +558,14 @@ Status DeviceCache::window_layer(std::uint32_t index, const LayerTensors& layer,
                               .block_cells = block_cells_.as<std::int32_t>(),
                               .page_cells = page_cells_.as<std::int32_t>()},
                              stream));
-      const auto classes = page_classes(table_.policy());
-      std::copy(classes.begin(), classes.end(), attend.classes);
+      std::ranges::copy(table_.classes(), attend.classes);
       attend.pool = pool(index);
       attend.pages = sent<PageEntry>(at.pages);
       attend.page_cells = page_cells_.as<std::int32_t>();
       attend.row_begin = sent<std::int32_t>(at.row_begin);
       attend.set_base = sent<std::int32_t>(zeros_);
       attend.key_sets = key_sets_.layer<HalfBits>(index);
+      attend.key_orders = key_orders_.layer<std::uint8_t>(index);
       attend.value_factors = value_factors_.layer<float>(index) +
                              std::size_t{s.stream} * shape.n_kv_heads * shape.head_dim;
       for (const auto& block : s.visible) {
@@ -562,7 +583,7 @@ Status DeviceCache::window_layer(std::uint32_t index, const LayerTensors& layer,
     ZC_TRY(prefill(attend, stream));
 
     ProbeParams probes;
-    if (!s.seals.empty() && table_.policy().ranks()) {
+    if (table_.has_wide_channels() || (!s.seals.empty() && table_.policy().ranks())) {
       ZC_TRY(gather_probes({.n_probes = static_cast<int>(at.n_probes),
                             .n_heads = put.n_heads,
                             .head_dim = put.head_dim,
@@ -581,6 +602,27 @@ Status DeviceCache::window_layer(std::uint32_t index, const LayerTensors& layer,
     ZC_TRY(keep(index, n, layer.scale, probes, stream));
   }
   return ok_status();
+}
+
+Expected<const float*> DeviceCache::add_query_power(std::uint32_t index, const StreamStep& s,
+                                                    const ProbeParams& probes, Stream stream) {
+  if (!table_.has_wide_channels() || (probes.n_probes == 0 && !s.adds_query_power)) {
+    return nullptr;
+  }
+  const TableShape& shape = table_.shape();
+  QueryPowerParams p;
+  p.n_queries = probes.n_probes;
+  p.n_kv_heads = static_cast<int>(shape.n_kv_heads);
+  p.n_heads = static_cast<int>(in_.n_heads);
+  p.head_dim = static_cast<int>(shape.head_dim);
+  p.q = probes.q;
+  p.add = s.adds_query_power;
+  p.power =
+      query_power_.layer<float>(index) + std::size_t{s.stream} * shape.n_kv_heads * shape.head_dim;
+  if (Status ok = query_power(p, stream); !ok) {
+    return ok.error();
+  }
+  return p.power;
 }
 
 // Seals what is due of a window and puts the rest into the tail.
@@ -608,6 +650,10 @@ Status DeviceCache::keep(std::uint32_t index, std::size_t n, float scale,
                                      shape.n_kv_heads * n_window * sizeof(float), stream),
                      "ranks"));
   }
+  const Expected<const float*> power = add_query_power(index, s, queries, stream);
+  if (!power) {
+    return power.error();
+  }
   for (std::size_t i = 0; i < s.seals.size(); ++i) {
     const StreamStep::Seal& seal = s.seals[i];
     const PagedBlock& block = *seal.block;
@@ -628,9 +674,8 @@ Status DeviceCache::keep(std::uint32_t index, std::size_t n, float scale,
     p.token_stride = rows.token_stride;
     p.order = order_.as<std::int32_t>();
     // All classes of the policy, because the pages name them by their index there.
-    const auto widths = page_classes(table_.policy());
     p.n_classes = kPolicyClasses;
-    std::copy(widths.begin(), widths.end(), p.classes);
+    std::ranges::copy(table_.classes(), p.classes);
     for (int c = 0; c < kPolicyClasses; ++c) {
       p.key_set[c] = -1;  // absent
       p.key_clip[c] = p.value_clip[c] = 1;
@@ -643,11 +688,16 @@ Status DeviceCache::keep(std::uint32_t index, std::size_t n, float scale,
       p.value_clip[cls.cls] = cls.value_clip;
     }
     p.n_key_sets = block.classes.n_key_sets;
+    p.wide_clip = table_.policy().key.rules.wide_clip;
+    p.keep_length = table_.policy().value.rules.keep_length;
+    p.query_power = *power;
     p.keep_factors = !seal.is_first;
     p.pool = const_cast<std::uint8_t*>(pool(index));
     p.pages = sent<PageEntry>(at.seal_pages[i]);
     p.key_sets =
         key_sets_.layer<HalfBits>(index) + std::size_t{block.first_set} * 2 * shape.head_dim;
+    p.key_orders =
+        key_orders_.layer<std::uint8_t>(index) + std::size_t{block.first_set} * shape.head_dim;
     p.value_factors = value_factors_.layer<float>(index) +
                       std::size_t{s.stream} * shape.n_kv_heads * shape.head_dim;
     p.workspace = workspace_.as<std::uint32_t>();
@@ -665,8 +715,9 @@ Status DeviceCache::keep(std::uint32_t index, std::size_t n, float scale,
 
 std::size_t DeviceCache::device_bytes() const {
   std::size_t bytes = pool_.mapped_bytes();
-  for (const LayeredArray* array : {&key_sets_, &ranks_, &value_factors_, &tail_k_, &tail_v_,
-                                    &ring_q_, &ring_lse_, &last_lse_}) {
+  for (const LayeredArray* array :
+       {&key_sets_, &key_orders_, &query_power_, &ranks_, &value_factors_, &tail_k_, &tail_v_,
+        &ring_q_, &ring_lse_, &last_lse_}) {
     bytes += array->bytes();
   }
   for (const DeviceArray* array :
@@ -682,10 +733,10 @@ cache::ByteCount DeviceCache::bytes() const {
   const TableShape& shape = table_.shape();
   cache::ByteCount count;
   count.codes = pool_.mapped_bytes();
-  count.params = key_sets_.bytes() + value_factors_.bytes();
+  count.params = key_sets_.bytes() + key_orders_.bytes() + value_factors_.bytes();
   count.masks = ranks_.bytes() + block_cells_.bytes();
-  count.staging =
-      tail_k_.bytes() + tail_v_.bytes() + ring_q_.bytes() + ring_lse_.bytes() + last_lse_.bytes();
+  count.staging = tail_k_.bytes() + tail_v_.bytes() + query_power_.bytes() + ring_q_.bytes() +
+                  ring_lse_.bytes() + last_lse_.bytes();
   count.slack = device_bytes() - count.codes - count.params - count.masks - count.staging;
   count.live_tokens = table_.live_tokens() * shape.n_layers;
   count.sealed_tokens = table_.sealed_tokens() * shape.n_layers;

@@ -101,6 +101,9 @@ class DeviceCache {
   Status window_layer(std::uint32_t index, const LayerTensors& layer, Stream stream);
   Status keep(std::uint32_t index, std::size_t s, float scale, const ProbeParams& probes,
               Stream stream);
+  // Adds the probes' to that of the stream. nullptr: there were no queries yet.
+  Expected<const float*> add_query_power(std::uint32_t index, const StreamStep& s,
+                                         const ProbeParams& probes, Stream stream);
   std::uint64_t launch_key() const;
   RowsAt tail(std::uint32_t index, std::uint32_t stream) const;
   RowsAt window(std::size_t s) const;
@@ -124,7 +127,8 @@ class DeviceCache {
 
   // The cache.
   AddressRange pool_;
-  LayeredArray key_sets_, ranks_, value_factors_, tail_k_, tail_v_, ring_q_, ring_lse_, last_lse_;
+  LayeredArray key_sets_, key_orders_, query_power_, ranks_, value_factors_, tail_k_, tail_v_,
+      ring_q_, ring_lse_, last_lse_;
   DeviceArray block_cells_;
   std::uint64_t cells_version_ = 0;
 

@@ -31,6 +31,19 @@ Status check_tensor(const policy::TensorPolicy& tensor, format::Granularity gran
   return ok_status();
 }
 
+// Keys of a class as wide as the wide channels are pages like any other.
+bool has_pages_beside_wide(const policy::TensorPolicy& key, int cls) {
+  return key.wide_bits == key.bits[cls] ||
+         (key.wide_bits == kWideBits && key.bits[cls] == kBitsBesideWide);
+}
+
+// In steps of `step` channels that leave some for either width.
+int wide_channels(int head_dim, std::uint32_t share_bp, int step) {
+  const int whole = 10000 * step;
+  const int steps = (head_dim * static_cast<int>(share_bp) + whole / 2) / whole;
+  return step * std::min(steps, head_dim / step - 1);
+}
+
 }  // namespace
 
 Expected<policy::Policy> device_policy(const policy::Policy& asked) {
@@ -41,10 +54,15 @@ Expected<policy::Policy> device_policy(const policy::Policy& asked) {
       !ok) {
     return ok.error();
   }
-  if (asked.key.wide_bp != 0 || asked.kv_centibits != 0) {
-    return refused("wide key channels or kv-bits, as the default has them",
-                   "classes of tokens: ZIPCACHE_KEY_BITS=4,3 ZIPCACHE_KEY_SALIENT=30 "
-                   "ZIPCACHE_VALUE_SALIENT=50");
+  if (asked.kv_centibits != 0) {
+    return refused("kv-bits", "key-wide, key-salient and value-salient by themselves");
+  }
+  for (int cls = 0; asked.key.wide_bp != 0 && cls < asked.key.n_classes; ++cls) {
+    if (!has_pages_beside_wide(asked.key, cls)) {
+      return refused("key channels of " + std::to_string(asked.key.wide_bits) + " bits beside " +
+                         std::to_string(asked.key.bits[cls]) + " bits",
+                     "key-wide-bits 4 with key-bits of 4 and 2");
+    }
   }
   if (asked.evicts || asked.requantize_all || asked.value_hold_tokens != 0 || asked.hold_bp != 0 ||
       asked.recent_bp != 0 || asked.value.class_factors || asked.value.slot_shared) {
@@ -79,6 +97,13 @@ std::string device_policy_note(const policy::Policy& asked, const policy::Policy
         "salient tokens are counted in pages of 64 on CUDA, blocks of fewer than 256 may have one "
         "class";
   }
+  const auto differs = [&](int head_dim) {
+    return wide_channels(head_dim, asked.key.wide_bp, kChunkChannels) !=
+           wide_channels(head_dim, asked.key.wide_bp, kChunkChannels / 2);
+  };
+  if (differs(64) || differs(128) || differs(256)) {
+    note += std::string(note.empty() ? "" : "; ") + "wide key channels are counted in steps of 32";
+  }
   if (asked.value.token_params != format::TokenParams::kHalf) {
     note += std::string(note.empty() ? "" : "; ") + "value-params are fp16 pairs";
   }
@@ -88,13 +113,20 @@ std::string device_policy_note(const policy::Policy& asked, const policy::Policy
   return note;
 }
 
-std::array<PageClass, kPolicyClasses> page_classes(const policy::Policy& policy) {
+std::array<PageClass, kPolicyClasses> page_classes(const policy::Policy& policy, int head_dim) {
   const auto bits = [](const policy::TensorPolicy& tensor, int cls) {
     return tensor.bits[tensor.n_classes == 2 ? cls : 0];
   };
+  const auto wide_chunks = static_cast<std::uint8_t>(
+      wide_channels(head_dim, policy.key.wide_bp, kChunkChannels) / kChunkChannels);
   std::array<PageClass, kPolicyClasses> classes;
   for (int n = 0; n < kPolicyClasses; ++n) {
-    classes[n] = {bits(policy.key, n / 2), bits(policy.value, n % 2)};
+    PageClass& cls = classes[n];
+    cls = {bits(policy.key, n / 2), bits(policy.value, n % 2)};
+    if (wide_chunks > 0 && cls.key_bits != policy.key.wide_bits) {
+      cls.wide_chunks = wide_chunks;
+      cls.wide_bits = policy.key.wide_bits;
+    }
   }
   return classes;
 }

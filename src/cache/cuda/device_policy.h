@@ -1,6 +1,6 @@
 // What the device cache makes of a policy. Pages hold 64 tokens of one class, so classes are
-// counted in whole pages; the token parameters of values are fp16 pairs. What pages can't hold is
-// refused.
+// counted in whole pages; wide channels of keys are counted in steps of 32; the token parameters of
+// values are fp16 pairs. What pages can't hold is refused.
 #pragma once
 
 #include <array>
@@ -22,7 +22,7 @@ std::string device_policy_note(const policy::Policy& asked, const policy::Policy
 
 // The widths of page classes: index 2 * (class of the key) + (class of the value).
 inline constexpr int kPolicyClasses = 4;
-std::array<PageClass, kPolicyClasses> page_classes(const policy::Policy& policy);
+std::array<PageClass, kPolicyClasses> page_classes(const policy::Policy& policy, int head_dim);
 
 // The classes of a block, most salient tokens first, empty ones left out.
 struct BlockClass {

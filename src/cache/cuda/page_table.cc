@@ -16,11 +16,15 @@ constexpr std::uint32_t kMaxSets = 65536;         // PageEntry::set
 PageTable::PageTable(const TableShape& shape, const policy::Policy& policy)
     : shape_(shape),
       policy_(policy),
-      classes_(page_classes(policy)),
+      classes_(page_classes(policy, static_cast<int>(shape.head_dim))),
       chunk_units_(kChunkBytes / kTileAlignment),
       units_(chunk_units_),
       streams_(shape.n_streams),
       held_(std::size_t{shape.n_streams} * shape.n_cells) {}
+
+bool PageTable::has_wide_channels() const {
+  return std::ranges::any_of(classes_, [](PageClass cls) { return cls.wide_chunks > 0; });
+}
 
 Status PageTable::check(const StepInput& in) const {
   if (in.rows.size() != std::size_t{in.n_streams} * in.n_per_stream ||
@@ -243,9 +247,13 @@ StreamStep PageTable::plan_stream(const StepInput& in, std::uint32_t index, bool
     stream.decode_flags.clear();
   }
   stream.n_seen += n_new;
+  stream.has_query_power = stream.has_query_power && !starts;
   if (is_decode && seals.empty()) {
     return out;
   }
+  out.adds_query_power = stream.has_query_power;
+  stream.has_query_power =
+      stream.has_query_power || out.ring_first < kProbeRing || !out.probe_rows.empty();
 
   for (const TailToken& token : window) {
     out.window_cells.push_back(token.cell);
@@ -305,8 +313,7 @@ std::shared_ptr<PagedBlock> PageTable::new_block(std::span<const std::int32_t> c
       const BlockClass& cls = classes.classes[n];
       const PageClass widths = classes_[cls.cls];
       const auto size = static_cast<std::uint32_t>(
-          page_bytes(static_cast<int>(shape_.head_dim), widths.key_bits, widths.value_bits) /
-          kTileAlignment);
+          page_bytes(static_cast<int>(shape_.head_dim), widths) / kTileAlignment);
       for (std::uint32_t begin = 0; begin < cls.n_tokens; begin += kPageTokens) {
         const std::uint32_t unit = units_.allocate(size);
         block->page_begin.push_back(unit);
@@ -325,9 +332,8 @@ void PageTable::free_block(const PagedBlock& block) {
   for (std::size_t i = 0; i < block.pages.size(); ++i) {
     const PageClass widths = classes_[block.pages[i].cls];
     units_.release(block.page_begin[i],
-                   static_cast<std::uint32_t>(page_bytes(static_cast<int>(shape_.head_dim),
-                                                         widths.key_bits, widths.value_bits) /
-                                              kTileAlignment));
+                   static_cast<std::uint32_t>(
+                       page_bytes(static_cast<int>(shape_.head_dim), widths) / kTileAlignment));
   }
   sets_.release(block.first_set, shape_.n_kv_heads * block.classes.n_key_sets);
   ranks_.release(block.first_rank, shape_.n_kv_heads * block.rank_stride());

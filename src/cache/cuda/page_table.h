@@ -67,8 +67,10 @@ struct StreamStep {
   std::vector<std::int32_t> window_cells;            // [window]; of a decode step that seals, too
   std::vector<std::shared_ptr<const PagedBlock>> visible;  // blocks that some row sees
   std::vector<std::int32_t> probe_rows, probe_positions;   // window path: of the new tokens
-  int ring_slot = -1, last_ring_slot = -1;                 // decode path
-  int ring_first = kProbeRing;  // decode path that seals: first valid slot
+  // The power of the queries goes on from the step before; false: the sequence is new.
+  bool adds_query_power = false;
+  int ring_slot = -1, last_ring_slot = -1;  // decode path
+  int ring_first = kProbeRing;              // decode path that seals: first valid slot
   struct Seal {
     std::uint32_t window_begin = 0;
     std::shared_ptr<const PagedBlock> block;
@@ -101,6 +103,9 @@ class PageTable {
 
   const TableShape& shape() const { return shape_; }
   const policy::Policy& policy() const { return policy_; }
+  const std::array<PageClass, kPolicyClasses>& classes() const { return classes_; }
+  // Some pages have wide channels of keys, which are chosen by the queries' power.
+  bool has_wide_channels() const;
   std::uint64_t live_tokens() const;
   std::uint64_t sealed_tokens() const;
 
@@ -125,6 +130,7 @@ class PageTable {
     std::vector<std::shared_ptr<PagedBlock>> blocks;
     std::uint32_t n_seen = 0;  // tokens that came so far: seeds the probes
     bool has_factors = false;
+    bool has_query_power = false;
     int ring_first = kProbeRing;  // first slot of the ring that is valid
     int last_ring_slot = -1;
     // The mask's flags after a decode step: with the next token's cell they are the next step's.

@@ -11,8 +11,7 @@ namespace {
 
 constexpr std::uint32_t kCells = 2048, kHeads = 2, kDim = 64;
 
-policy::Policy make_policy(const std::map<std::string, std::string>& settings = {
-                               {"key-bits", "4,3"}}) {
+policy::Policy make_policy(const std::map<std::string, std::string>& settings = {}) {
   const auto asked = policy::make_policy(settings);
   return *device_policy(*asked);
 }
@@ -137,8 +136,8 @@ TEST(PageTable, PagesNeverOverlap) {
     for (const StreamStep& s : step->streams) {
       for (const auto& seal : s.seals) {
         for (const PageEntry& page : seal.block->pages) {
-          const PageClass widths = page_classes(engine.table().policy())[page.cls];
-          const int size = page_bytes(kDim, widths.key_bits, widths.value_bits) / kTileAlignment;
+          const PageClass widths = engine.table().classes()[page.cls];
+          const int size = page_bytes(kDim, widths) / kTileAlignment;
           for (int unit = 0; unit < size; ++unit) {
             EXPECT_TRUE(used.insert(page.unit + unit).second);
           }
@@ -209,8 +208,73 @@ TEST(PageTable, RowsOutsideOfTheirStreamAreRefused) {
                                           .row_counts = counts}));
 }
 
+// The sum of the queries' power starts anew with a sequence, not with a chunk.
+TEST(PageTable, QueryPowerFollowsTheSequence) {
+  Engine engine(1);
+  EXPECT_TRUE(engine.table().has_wide_channels());
+  EXPECT_FALSE(engine.step(0, 1, cells(0, 200))->streams[0].adds_query_power);
+  EXPECT_TRUE(engine.step(0, 1, cells(200, 200))->streams[0].adds_query_power);
+  for (int cell = 0; cell < 400; ++cell) {
+    engine.hide(0, cell);
+  }
+  EXPECT_FALSE(engine.step(0, 1, cells(0, 8))->streams[0].adds_query_power);
+  EXPECT_TRUE(engine.step(0, 1, cells(8, 100))->streams[0].adds_query_power);
+}
+
+// A sequence of single tokens: its first sealing brings the first probes.
+TEST(PageTable, QueryPowerOfDecodeStartsWithTheFirstSealing) {
+  Engine engine(1);
+  std::vector<bool> adds;
+  for (int token = 0; token < 300; ++token) {
+    const auto step = engine.step(0, 1, {token});
+    ASSERT_TRUE(step && step->is_decode) << token;
+    if (!step->streams[0].seals.empty()) {
+      adds.push_back(step->streams[0].adds_query_power);
+    }
+  }
+  EXPECT_EQ(adds, (std::vector<bool>{false, true, true, true}));
+}
+
+TEST(DevicePolicy, TheDefaultHasPagesWithWideChannels) {
+  const auto asked = policy::make_policy({});
+  const auto used = device_policy(*asked);
+  ASSERT_TRUE(used) << used.error().message;
+  for (const int head_dim : {64, 128, 256}) {
+    const auto classes = page_classes(*used, head_dim);
+    EXPECT_EQ(classes[0].key_bits, 4);
+    EXPECT_EQ(classes[0].wide_chunks, 0) << "4 bits everywhere";
+    EXPECT_EQ(classes[3].key_bits, 2);
+    EXPECT_EQ(classes[3].wide_chunks * kChunkChannels * 2, head_dim);
+    EXPECT_EQ(classes[3].wide_bits, 4);
+    EXPECT_EQ(classes[2].value_bits, 3);
+    EXPECT_EQ(classes[3].value_bits, 2);
+  }
+  EXPECT_EQ(device_policy_note(*asked, *used).find("wide"), std::string::npos);
+}
+
+TEST(DevicePolicy, WideChannelsAreCountedInStepsOf32) {
+  const auto chunks = [](const char* share, int head_dim) {
+    const auto used = device_policy(*policy::make_policy({{"key-wide", share}}));
+    return int{page_classes(*used, head_dim)[3].wide_chunks};
+  };
+  EXPECT_EQ(chunks("25", 64), 1);
+  EXPECT_EQ(chunks("25", 128), 1);
+  EXPECT_EQ(chunks("25", 256), 2);
+  EXPECT_EQ(chunks("10", 128), 0);
+  EXPECT_EQ(chunks("100", 128), 3) << "some are not wide";
+  const auto asked = policy::make_policy({{"key-wide", "25"}});
+  EXPECT_NE(device_policy_note(*asked, *device_policy(*asked)).find("steps of 32"),
+            std::string::npos);
+}
+
 TEST(DevicePolicy, WhatPagesCannotHoldIsRefused) {
-  EXPECT_FALSE(device_policy(*policy::make_policy({})));  // wide channels of keys
+  const std::map<std::string, std::string> settings[] = {
+      {{"kv-bits", "3"}}, {{"key-wide-bits", "8"}}, {{"key-bits", "4,3"}, {"key-wide", "50"}}};
+  for (const auto& refused : settings) {
+    const auto asked = policy::make_policy(refused);
+    ASSERT_TRUE(asked);
+    EXPECT_FALSE(device_policy(*asked)) << refused.begin()->first;
+  }
   for (const char* name : {"kivi", "gear", "h2o", "mikv"}) {
     const auto asked = policy::make_policy({{"policy", name}});
     ASSERT_TRUE(asked) << name;

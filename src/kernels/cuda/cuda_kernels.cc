@@ -36,16 +36,18 @@ Status check_heads(const char* what, int n_heads, int n_kv_heads, int head_dim) 
   return ok_status();
 }
 
-Status check_classes(const char* what, std::span<const PageClass> classes) {
+Status check_classes(const char* what, int head_dim, std::span<const PageClass> classes) {
   if (classes.empty() || classes.size() > kMaxClasses) {
     return missing(what, std::to_string(classes.size()) + " page classes", "1 to 8");
   }
   for (const PageClass cls : classes) {
-    if (!is_code_width(cls.key_bits) || !is_code_width(cls.value_bits)) {
+    if (!is_page_class(head_dim, cls)) {
       return missing(what,
-                     std::to_string(cls.key_bits) + "-bit keys with " +
+                     std::to_string(cls.key_bits) + "-bit keys (" +
+                         std::to_string(cls.wide_chunks * kChunkChannels) + " channels of " +
+                         std::to_string(cls.wide_bits) + " bits) with " +
                          std::to_string(cls.value_bits) + "-bit values",
-                     "2, 3, 4, 8 bits");
+                     "2, 3, 4, 8 bits, and 4-bit channels of 2-bit keys");
     }
   }
   return ok_status();
@@ -70,7 +72,7 @@ Expected<DecodeSetup> prepare_decode(int head_dim, int group, std::span<const Pa
   if (Status status = check_heads("decode", group, 1, head_dim); !status) {
     return status.error();
   }
-  if (Status status = check_classes("decode", classes); !status) {
+  if (Status status = check_classes("decode", head_dim, classes); !status) {
     return status.error();
   }
   int device = 0, n_sms = 0, block_limit = 0, sm_limit = 0, reserved = 0;
@@ -88,8 +90,7 @@ Expected<DecodeSetup> prepare_decode(int head_dim, int group, std::span<const Pa
   // As many slots as let the registers' number of blocks stay; at least two, if the block may.
   DecodeSetup setup;
   for (const PageClass cls : classes) {
-    setup.shared.slot_bytes =
-        std::max(setup.shared.slot_bytes, tile_bytes(head_dim, cls.key_bits, cls.value_bits));
+    setup.shared.slot_bytes = std::max(setup.shared.slot_bytes, tile_bytes(head_dim, cls));
   }
   const int per_block = std::min(block_limit, sm_limit / kDecodeBlocksPerSm - reserved);
   const int fixed = decode_shared(head_dim, group).slots;
@@ -186,17 +187,26 @@ Status pack(const PackParams& params, Stream stream) {
       !status) {
     return status;
   }
-  if (Status status =
-          check_classes("pack", {params.classes, static_cast<std::size_t>(params.n_classes)});
+  if (Status status = check_classes("pack", params.head_dim,
+                                    {params.classes, static_cast<std::size_t>(params.n_classes)});
       !status) {
     return status;
   }
   if (params.n_key_sets < 1 || params.n_key_sets > kMaxKeySets) {
     return missing("pack", std::to_string(params.n_key_sets) + " scale sets of keys", "1 to 4");
   }
-  int total = 0;
+  int total = 0, wide_chunks = 0;
   for (int cls = 0; cls < params.n_classes; ++cls) {
     total += params.class_tokens[cls];
+    const int wide = params.classes[cls].wide_chunks;
+    if (wide > 0 && wide_chunks > 0 && wide != wide_chunks) {
+      return invalid_argument("cuda pack: classes with " + std::to_string(wide_chunks) + " and " +
+                              std::to_string(wide) + " chunks of wide channels");
+    }
+    wide_chunks = std::max(wide_chunks, wide);
+  }
+  if (wide_chunks > 0 && params.key_orders == nullptr) {
+    return invalid_argument("cuda pack: wide channels need key_orders");
   }
   if (total != params.n_tokens) {
     return invalid_argument("cuda pack: the classes hold " + std::to_string(total) +
@@ -206,6 +216,15 @@ Status pack(const PackParams& params, Stream stream) {
     return ok_status();
   }
   return to_status(launch_pack(params, pack_pages(params), stream), "pack");
+}
+
+Status query_power(const QueryPowerParams& params, Stream stream) {
+  if (Status status =
+          check_heads("query power", params.n_heads, params.n_kv_heads, params.head_dim);
+      !status) {
+    return status;
+  }
+  return to_status(launch_query_power(params, stream), "query power");
 }
 
 Status probe_saliency(const ProbeParams& params, Stream stream) {

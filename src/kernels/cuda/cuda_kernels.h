@@ -59,6 +59,7 @@ Status pack(const PackParams& params, Stream stream);
 // --- Saliency, tail ------------------------------------------------------------------------------
 
 Status probe_saliency(const ProbeParams& params, Stream stream);
+Status query_power(const QueryPowerParams& params, Stream stream);
 Status append_tail(const AppendParams& params, Stream stream);
 
 }  // namespace zipcache::cuda

@@ -16,8 +16,8 @@ namespace zipcache::cuda {
 inline constexpr int kFoldTiles = 32;
 
 struct ItemHead {
-  int row, n_pages, next, set, n_tokens, key_bits, value_bits;
-  uint32_t flags;
+  int row, n_pages, next, set, n_tokens, next_set;
+  uint32_t bits;
 };
 __device__ __forceinline__ ItemHead load_item(const DecodeParams& params, int index) {
   const uint4 a = ptx::load_16(params.items + index);
@@ -27,8 +27,7 @@ __device__ __forceinline__ ItemHead load_item(const DecodeParams& params, int in
           static_cast<int>(a.w),
           static_cast<int>(b.x),
           static_cast<int>(b.z),
-          static_cast<int>(b.y & 0xff),
-          static_cast<int>(b.y >> 8 & 0xff),
+          static_cast<int>(b.w),
           b.y};
 }
 
@@ -302,21 +301,35 @@ __global__ void __launch_bounds__(decode_threads(kHeadDim), kDecodeBlocksPerSm)
   RowState<kHeadDim> state;
   state.clear();
   int value_bits = 0, tiles_since_fold = 0;
+  int folded_set = -1;  // of this row
   int index = blockIdx.x;
   do {
     const ItemHead item = load_item(params, index);
+    const PageClass cls = item_class(item.bits);
+    const int value_offset = tile_value_offset(kHeadDim, cls);
     const HalfBits* q = params.q + static_cast<int64_t>(item.row) * group * kHeadDim;
     const float* factors = params.value_factors + static_cast<int64_t>(item.row) * kHeadDim;
-    if (warp == 0 && lane < kHeadDim / 32) {
-      ptx::prefetch(factors + lane * 32);  // for the end
+    if (warp == 0 && lane < kHeadDim / 32) {  // 128 bytes each: for the next item, and for the end
+      if (item.next_set >= 0) {
+        const HalfBits* set = params.key_sets + static_cast<int64_t>(item.next_set) * 2 * kHeadDim;
+        ptx::prefetch(set + lane * 64);
+        if (params.key_orders != nullptr && lane * 128 < kHeadDim) {
+          ptx::prefetch(params.key_orders + static_cast<int64_t>(item.next_set) * kHeadDim +
+                        lane * 128);
+        }
+      }
+      ptx::prefetch(factors + lane * 32);
     }
     if (item.n_pages > 0) {
-      query.fold(q, group, params.scale,
-                 params.key_sets + static_cast<int64_t>(item.set) * 2 * kHeadDim, item.key_bits,
-                 warp, lane);
-      if (item.value_bits != value_bits) {
+      if (item.set != folded_set) {  // values of another width share the keys' set
+        const int64_t set = item.set;
+        query.fold(q, group, params.scale, params.key_sets + set * 2 * kHeadDim,
+                   params.key_orders + set * kHeadDim, cls, warp, lane);
+        folded_set = item.set;
+      }
+      if (cls.value_bits != value_bits) {
         state.fold_offsets(value_bits, lane);
-        value_bits = item.value_bits;
+        value_bits = cls.value_bits;
         state.unfold(value_bits);
         tiles_since_fold = 0;
       }
@@ -330,18 +343,18 @@ __global__ void __launch_bounds__(decode_threads(kHeadDim), kDecodeBlocksPerSm)
       const int tokens = min(item.n_tokens - tile * kTileTokens, kTileTokens);
       const uint8_t* bytes = ring.wait();
       if (tokens > 0) {
-        state.add_tile(bytes, item.key_bits, value_bits, tokens, query, lane);
+        state.add_tile(bytes, cls, value_offset, tokens, query, lane);
       }
       ring.release(params, lane);
     }
 
-    if ((item.flags & kItemEndsPart) != 0) {
+    if ((item.bits & kItemEndsPart) != 0) {
       state.fold_offsets(value_bits, lane);
       state.apply_factors(factors, lane);
-      if ((item.flags & kItemWithTail) != 0 && params.tail_k != nullptr) {
+      if ((item.bits & kItemWithTail) != 0 && params.tail_k != nullptr) {
         const int tokens = __ldg(params.tail_tokens + item.row / params.n_kv_heads);
         const int64_t base = static_cast<int64_t>(item.row) * kTailTokens * kHeadDim;
-        query.fold(q, group, params.scale, nullptr, kHalfBits, warp, lane);
+        query.fold(q, group, params.scale, nullptr, nullptr, {kHalfBits}, warp, lane);
 #pragma unroll 1
         for (int first = warp * kTileTokens; first < tokens; first += kWarps * kTileTokens) {
           state.add_tail(params.tail_k + base + first * kHeadDim,
@@ -352,6 +365,7 @@ __global__ void __launch_bounds__(decode_threads(kHeadDim), kDecodeBlocksPerSm)
       finish_part<kHeadDim>(params, index, item.row, state, shared, warp, lane);
       state.clear();
       value_bits = 0;
+      folded_set = -1;
     }
     index = item.next;
   } while (index >= 0);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
 #include "kernels/cuda/attention_check.h"
 #include "kernels/cuda/host_page.h"
@@ -22,7 +23,7 @@ void add_pages(const DecodeCase& c, int cls, int n_tokens, int set, Random& rand
     entry.set = static_cast<std::uint16_t>(set);
     cache.pool.resize(cache.pool.size() + kTileAlignment * random.below(3), std::byte{0xff});
     entry.unit = static_cast<std::uint32_t>(cache.pool.size() / kTileAlignment);
-    const std::size_t bytes = page_bytes(c.head_dim, bits.key_bits, bits.value_bits);
+    const std::size_t bytes = page_bytes(c.head_dim, bits);
     cache.pool.resize(cache.pool.size() + bytes, std::byte{0x5a});
     HostPage page({&cache.pool[std::size_t{entry.unit} * kTileAlignment], bytes}, c.head_dim, bits);
     for (int token = 0; token < kPageTokens; ++token) {
@@ -31,7 +32,8 @@ void add_pages(const DecodeCase& c, int cls, int n_tokens, int set, Random& rand
         continue;
       }
       for (int channel = 0; channel < c.head_dim; ++channel) {
-        page.set_key_code(token, channel, static_cast<int>(random.below(1u << bits.key_bits)));
+        const int key_bits = bits.chunk_bits(channel / kChunkChannels);
+        page.set_key_code(token, channel, static_cast<int>(random.below(1u << key_bits)));
         page.set_value_code(token, channel, static_cast<int>(random.below(1u << bits.value_bits)));
       }
       const float levels = static_cast<float>((1 << bits.value_bits) - 1);
@@ -42,9 +44,9 @@ void add_pages(const DecodeCase& c, int cls, int n_tokens, int set, Random& rand
   }
 }
 
-// Channels of very different ranges, as keys have.
-void add_set(const DecodeCase& c, int key_bits, Random& random, HostCache& cache) {
-  const float levels = static_cast<float>((1 << key_bits) - 1);
+// Channels of very different ranges, as keys have. In stored order, which is any where there are
+// wide channels.
+void add_set(const DecodeCase& c, PageClass cls, Random& random, HostCache& cache) {
   std::vector<float> range(c.head_dim), low(c.head_dim);
   for (int channel = 0; channel < c.head_dim; ++channel) {
     range[channel] = 3.0f * std::exp(0.5f * random.normal());
@@ -55,10 +57,20 @@ void add_set(const DecodeCase& c, int key_bits, Random& random, HostCache& cache
     }
   }
   for (int channel = 0; channel < c.head_dim; ++channel) {
-    cache.key_sets.push_back(half(range[channel] / levels));
+    const int levels = (1 << cls.chunk_bits(channel / kChunkChannels)) - 1;
+    cache.key_sets.push_back(half(range[channel] / static_cast<float>(levels)));
   }
   for (int channel = 0; channel < c.head_dim; ++channel) {
     cache.key_sets.push_back(half(low[channel]));
+  }
+  const std::size_t first = cache.key_orders.size();
+  cache.key_orders.resize(first + c.head_dim, 0xff);  // not to be read
+  if (cls.wide_chunks > 0) {
+    std::iota(cache.key_orders.begin() + static_cast<std::ptrdiff_t>(first), cache.key_orders.end(),
+              std::uint8_t{0});
+    for (int at = c.head_dim - 1; at > 0; --at) {
+      std::swap(cache.key_orders[first + at], cache.key_orders[first + random.below(at + 1)]);
+    }
   }
 }
 
@@ -80,7 +92,7 @@ HostCache make_cache(const DecodeCase& c) {
           const int total = c.class_tokens[sequence][cls];
           const int begin = total * segment / c.n_segments;
           add_pages(c, cls, total * (segment + 1) / c.n_segments - begin, set++, random, cache);
-          add_set(c, c.classes[cls].key_bits, random, cache);
+          add_set(c, c.classes[cls], random, cache);
         }
       }
       cache.row_begin.push_back(static_cast<std::int32_t>(cache.pages.size()));
@@ -112,18 +124,22 @@ std::vector<DecodedRow> decode_rows(const DecodeCase& c, const HostCache& cache)
       const PageClass cls = c.classes[entry.cls];
       std::byte* bytes =
           const_cast<std::byte*>(&cache.pool[std::size_t{entry.unit} * kTileAlignment]);
-      const HostPage page(
-          {bytes, static_cast<std::size_t>(page_bytes(c.head_dim, cls.key_bits, cls.value_bits))},
-          c.head_dim, cls);
-      const Half* set =
-          &cache.key_sets[std::size_t(cache.set_base[row] + entry.set) * 2 * c.head_dim];
+      const HostPage page({bytes, static_cast<std::size_t>(page_bytes(c.head_dim, cls))},
+                          c.head_dim, cls);
+      const std::size_t set_index = std::size_t(cache.set_base[row] + entry.set) * c.head_dim;
+      const Half* set = &cache.key_sets[2 * set_index];
+      std::vector<int> stored(c.head_dim);  // of every channel
+      for (int at = 0; at < c.head_dim; ++at) {
+        stored[cls.wide_chunks > 0 ? cache.key_orders[set_index + at] : at] = at;
+      }
       const float* factors = &cache.value_factors[std::size_t(row) * c.head_dim];
       for (int token = 0; token < entry.tokens; ++token) {
         const double scale = half_to_float(page.scale(token));
         const double zero = half_to_float(page.zero(token));
         for (int channel = 0; channel < c.head_dim; ++channel) {
-          const double k = double{half_to_float(set[channel])} * page.key_code(token, channel) +
-                           half_to_float(set[c.head_dim + channel]);
+          const int at = stored[channel];
+          const double k = double{half_to_float(set[at])} * page.key_code(token, at) +
+                           half_to_float(set[c.head_dim + at]);
           const double v = factors[channel] * scale * (page.value_code(token, channel) - zero);
           rows[row].k.push_back(static_cast<float>(k));
           rows[row].v.push_back(static_cast<float>(v));
@@ -163,6 +179,7 @@ std::vector<Outputs> run_decode(const DecodeCase& c, const HostCache& cache, int
   // cudaMalloc aligns to 256 bytes and the guard keeps that.
   const DeviceArray<std::byte> pool(cache.pool);
   const DeviceArray<PageEntry> pages(cache.pages);
+  const DeviceArray<std::uint8_t> key_orders(cache.key_orders);
   const DeviceArray<std::int32_t> tail_tokens(cache.tail_tokens);
   const DeviceArray<float> value_factors(cache.value_factors);
   const DeviceArray<WorkItem> items(plan.items);
@@ -182,6 +199,7 @@ std::vector<Outputs> run_decode(const DecodeCase& c, const HostCache& cache, int
   params.pool = reinterpret_cast<const std::uint8_t*>(pool.data());
   params.pages = pages.data();
   params.key_sets = key_sets.data();
+  params.key_orders = key_orders.data();
   params.value_factors = value_factors.data();
   if (!c.tail.empty()) {
     params.tail_k = tail_k.data();

@@ -38,6 +38,7 @@ struct HostCache {
   std::vector<PageEntry> pages;
   std::vector<std::int32_t> row_begin{0};
   std::vector<Half> key_sets;
+  std::vector<std::uint8_t> key_orders;
   std::vector<std::int32_t> set_base;
   std::vector<float> value_factors;
   std::vector<Half> tail_k, tail_v;

@@ -36,9 +36,11 @@ class QueryOperand {
   __device__ __forceinline__ const uint4* column(int lane) const { return words_ + lane; }
 
   // All warps call this; the operand before is no longer in use when it returns. `q` is the query
-  // of the KV head, [group, head_dim]; `set` is [2, head_dim] (scale, min), nullptr for fp16 keys.
+  // of the KV head, [group, head_dim]; `set` is [2, head_dim] (scale, min), nullptr for fp16 keys;
+  // `order` is that of the stored channels if `cls` has wide ones.
   __device__ __forceinline__ void fold(const HalfBits* q, int group, float scale,
-                                       const HalfBits* set, int bits, int warp, int lane) {
+                                       const HalfBits* set, const uint8_t* order, PageClass cls,
+                                       int warp, int lane) {
     const int head = lane >> 2, i = lane & 3;
     const bool used = head < group;
     const float log2_scale = scale * 1.44269504088896f;
@@ -46,9 +48,10 @@ class QueryOperand {
     float* largest = stats_ + turn_;  // [chunk][head]
     float* minima = largest + kChunks * kMaxGroup;
     float* sums = minima + kChunks * kMaxGroup;
-    const HalfBits* own_q = q + (used ? head : 0) * kHeadDim + i * 8;
+    const HalfBits* own_q = q + (used ? head : 0) * kHeadDim;
     const auto load_folded = [&](int chunk, uint32_t(&q_pairs)[4], float(&folded)[8]) {
-      const uint4 x = ptx::load_16(own_q + chunk * 32);
+      const uint4 x = cls.wide_chunks == 0 ? ptx::load_16(own_q + chunk * 32 + i * 8)
+                                           : load_channels(own_q, order + chunk * 32 + i * 8);
       uint4 s = {0x3c003c00u, 0x3c003c00u, 0x3c003c00u, 0x3c003c00u};
       if (set != nullptr) {
         s = ptx::load_16(set + chunk * 32 + i * 8);
@@ -57,7 +60,8 @@ class QueryOperand {
       q_pairs[0] = x.x, q_pairs[1] = x.y, q_pairs[2] = x.z, q_pairs[3] = x.w;
 #pragma unroll
       for (int pair = 0; pair < 4; ++pair) {  // its channels share their factor r
-        const float factor = log2_scale * key_inverse_factor(bits, pair >> 1, pair & 1);
+        const float factor =
+            log2_scale * key_inverse_factor(cls.chunk_bits(chunk), pair >> 1, pair & 1);
         folded[pair * 2] = ptx::low_half(q_pairs[pair]) * ptx::low_half(s_pairs[pair]) * factor;
         folded[pair * 2 + 1] =
             ptx::high_half(q_pairs[pair]) * ptx::high_half(s_pairs[pair]) * factor;
@@ -117,13 +121,21 @@ class QueryOperand {
         sum += sums[chunk * kMaxGroup + of];
       }
       // The offset comes from the rounded operand, so it cancels exactly.
-      const float offset = bits == kHalfBits ? 0.0f : kKeyOffset * sum;
+      const float offset = cls.key_bits == kHalfBits ? 0.0f : kKeyOffset * sum;
       start[e] = of < group ? minimum * log2_scale * __int_as_float(field << 23) - offset : 0.0f;
       inverse_norm[e] = __int_as_float((254 - field) << 23);
     }
   }
 
  private:
+  // The 8 channels that `order` names.
+  __device__ __forceinline__ static uint4 load_channels(const HalfBits* row, const uint8_t* order) {
+    const uint2 at = __ldg(reinterpret_cast<const uint2*>(order));
+    const auto pair = [&](uint32_t two) {
+      return uint32_t{__ldg(row + (two & 0xff))} | uint32_t{__ldg(row + (two >> 8 & 0xff))} << 16;
+    };
+    return {pair(at.x), pair(at.x >> 16), pair(at.y), pair(at.y >> 16)};
+  }
   // norm = 2^k such that the largest operand is in [512, 1024): its exponent field is 127 + 9.
   __device__ __forceinline__ static int norm_field(const float* largest, int head) {
     float of_all = 0;
@@ -273,8 +285,8 @@ struct RowState {
     }
   }
 
-  // One tile of codes in shared memory.
-  __device__ __forceinline__ void add_tile(const uint8_t* tile, int key_bits, int value_bits,
+  // One tile of codes in shared memory, whose values start at `value_offset`.
+  __device__ __forceinline__ void add_tile(const uint8_t* tile, PageClass cls, int value_offset,
                                            int tokens, const QueryOperand<kHeadDim>& q, int lane) {
     float s[2][4];
 #pragma unroll
@@ -282,24 +294,29 @@ struct RowState {
       s[block][0] = s[block][2] = q.start[0];
       s[block][1] = s[block][3] = q.start[1];
     }
-    switch (key_bits) {
-      case 2:
-        multiply_keys<kHeadDim, 2>(tile, lane, q.column(lane), s);
-        break;
-      case 3:
-        multiply_keys<kHeadDim, 3>(tile, lane, q.column(lane), s);
-        break;
-      case 4:
-        multiply_keys<kHeadDim, 4>(tile, lane, q.column(lane), s);
-        break;
-      default:
-        multiply_keys<kHeadDim, 8>(tile, lane, q.column(lane), s);
-        break;
+    if (cls.wide_chunks > 0) {
+      multiply_wide_keys<kHeadDim>(tile, cls.wide_chunks, lane, q.column(lane), s);
+    } else {
+      switch (cls.key_bits) {
+        case 2:
+          multiply_keys<kHeadDim, 2>(tile, lane, q.column(lane), s);
+          break;
+        case 3:
+          multiply_keys<kHeadDim, 3>(tile, lane, q.column(lane), s);
+          break;
+        case 4:
+          multiply_keys<kHeadDim, 4>(tile, lane, q.column(lane), s);
+          break;
+        default:
+          multiply_keys<kHeadDim, 8>(tile, lane, q.column(lane), s);
+          break;
+      }
     }
     softmax(s, q, tokens, lane);
 
+    const uint8_t* codes = tile + value_offset;
     const HalfBits* params =
-        reinterpret_cast<const HalfBits*>(tile + tile_param_offset(kHeadDim, key_bits, value_bits));
+        reinterpret_cast<const HalfBits*>(codes + tile_code_bytes(kHeadDim, cls.value_bits));
     const uint2 s_pairs = *reinterpret_cast<const uint2*>(params + scale_index(lane >> 2));
     const uint4 z_pairs = *reinterpret_cast<const uint4*>(params + zero_index((lane & 3) * 2));
     const float scales[4] = {ptx::low_half(s_pairs.x), ptx::high_half(s_pairs.x),
@@ -315,8 +332,7 @@ struct RowState {
     ptx::mma_16x8x16(side, side0, operand[0][0], operand[0][1]);
     ptx::mma_16x8x16(side, side1, operand[1][0], operand[1][1]);
 
-    const uint8_t* codes = tile + tile_value_offset(kHeadDim, key_bits);
-    switch (value_bits) {
+    switch (cls.value_bits) {
       case 2:
         multiply_values<kHeadDim, 2>(codes, lane, operand, acc);
         break;

@@ -15,9 +15,13 @@ constexpr int kWidths[] = {2, 3, 4, 8};
 
 // 60 % of the tokens in class 0.
 std::vector<int> mixed(int n) { return {n * 6 / 10, n - n * 6 / 10}; }
-// The classes of the default policy: keys 4/3 bits (30 % salient), values 3/2 (50 %).
-const std::vector<PageClass> kDefaultClasses{{4, 3}, {3, 3}, {3, 2}};
-std::vector<int> three(int n) { return {n * 3 / 10, n / 5, n - n * 3 / 10 - n / 5}; }
+// The classes of the default policy: keys 4 bits for 20 % of the tokens and half of the channels,
+// else 2; values 3 bits for 50 %, else 2.
+std::vector<PageClass> default_classes(int head_dim) {
+  const auto wide = static_cast<std::uint8_t>(head_dim / 2 / kChunkChannels);
+  return {{4, 3}, {2, 3, wide, 4}, {2, 2, wide, 4}};
+}
+std::vector<int> three(int n) { return {n / 5, n * 3 / 10, n - n * 3 / 10 - n / 5}; }
 
 void check(const DecodeCase& c) {
   const HostCache cache = make_cache(c);
@@ -45,6 +49,26 @@ TEST_F(DecodeTest, EveryPairOfWidths) {
   }
 }
 
+// Every number of wide channels, with values of every width.
+TEST_F(DecodeTest, WideChannels) {
+  for (const int head_dim : {64, 128, 256}) {
+    for (int chunks = 1; chunks < head_dim / kChunkChannels; ++chunks) {
+      SCOPED_TRACE(::testing::Message() << "head_dim " << head_dim << ", " << chunks << " chunks");
+      DecodeCase c;
+      c.head_dim = head_dim;
+      c.classes = {
+          {4, 4},
+          {2, static_cast<std::uint8_t>(kWidths[chunks % 4]), static_cast<std::uint8_t>(chunks), 4},
+          {2, 2, static_cast<std::uint8_t>(chunks), 4}};
+      c.class_tokens = {{70, 200, 333}, {0, 1, 65}};
+      c.tail = {19, 0};
+      c.n_segments = 2;
+      c.seed = chunks;
+      check(c);
+    }
+  }
+}
+
 TEST_F(DecodeTest, EveryLength) {
   for (const int n : {0, 1, 2, 31, 32, 33, 63, 64, 65, 127, 128, 129, 1000, 4097}) {
     for (const int head_dim : {64, 128, 256}) {
@@ -57,7 +81,7 @@ TEST_F(DecodeTest, EveryLength) {
       c.class_tokens = {mixed(n)};
       c.seed = n;
       check(c);
-      c.classes = kDefaultClasses;
+      c.classes = default_classes(head_dim);
       c.class_tokens = {three(n)};
       check(c);
     }
@@ -126,6 +150,9 @@ TEST_F(DecodeTest, SegmentsWithScaleSetsOfTheirOwn) {
   check(c);
   c.classes = {{4, 2}, {8, 3}};
   check(c);
+  c.classes = default_classes(c.head_dim);
+  c.class_tokens = {three(1500), three(900)};
+  check(c);
 }
 
 // How the work is cut must not matter beyond rounding; one block with everything is the longest
@@ -162,6 +189,10 @@ TEST_F(DecodeTest, NamesWhatIsMissing) {
             "for it");
   EXPECT_FALSE(prepare_decode(128, 9, fine));
   EXPECT_FALSE(prepare_decode(128, 4, odd));
+  const PageClass wide[] = {{2, 2, 2, 4}}, all_wide[] = {{2, 2, 4, 4}}, wider[] = {{3, 2, 2, 8}};
+  EXPECT_TRUE(prepare_decode(128, 4, wide));
+  EXPECT_FALSE(prepare_decode(128, 4, all_wide));
+  EXPECT_FALSE(prepare_decode(128, 4, wider));
   EXPECT_TRUE(prepare_decode(128, 8, fine));
 }
 

@@ -3,10 +3,12 @@
 //
 // A page is 2 tiles of 32 tokens. A tile is contiguous and a multiple of 128 bytes:
 //
-//   [K planes][V planes][s: 32 x fp16][z: 32 x fp16]
+//   [K codes][V planes][s: 32 x fp16][z: 32 x fp16]
 //
-// K and V have widths of their own (2, 3, 4, 8). A 3-bit tensor has two planes: the low 2 bits,
-// then the high bit; the others have one. With L = lane of a warp, g = L / 4, i = L % 4:
+// K and V have widths of their own (2, 3, 4, 8). Codes of a tensor are one matrix; of keys with
+// wide channels, one matrix per 32 channels, wide ones first. A 3-bit matrix has two planes: the
+// low 2 bits, then the high bit; the others have one. With L = lane of a warp, g = L / 4, i = L %
+// 4, and head_dim the channels of the matrix:
 //
 //   A plane of p bits gives every lane head_dim * p / 32 words. Words stand in chunks: chunk after
 //   chunk, in a chunk lane after lane, of a lane 4 consecutive words (2 in the 1-bit plane of
@@ -17,6 +19,7 @@
 //   2i, 2i+1, 2i+8, 2i+9 and those + 16.
 //
 // value of an element:   key    scale[c] * k + min[c]              (per scale set and channel)
+//                               (c: stored channel; see PageClass)
 //                        value  factor[c] * s[t] * (v - z[t])      (factor per sequence and head)
 //
 // This header is the sole owner of these positions: packers, kernels and tests go through it.
@@ -47,23 +50,51 @@ ZC_HOST_DEVICE constexpr bool is_head_dim(int head_dim) {
   return head_dim == 64 || head_dim == 128 || head_dim == 256;
 }
 
+// Widths of the two tensors of a page.
+struct PageClass {
+  std::uint8_t key_bits = 4;
+  std::uint8_t value_bits = 4;
+  // > 0: the first so many chunks of the keys' stored channels have `wide_bits` instead. Which
+  // channels these are is a property of the scale set: its order names the channel of every stored
+  // one. 0: channels are stored as they come.
+  std::uint8_t wide_chunks = 0;
+  std::uint8_t wide_bits = 0;
+
+  ZC_HOST_DEVICE constexpr int chunk_bits(int chunk) const {
+    return chunk < wide_chunks ? wide_bits : key_bits;
+  }
+};
+inline constexpr int kChunkChannels = 32;
+// What the kernels have wide channels of: the others, of the same page, have fewer bits.
+inline constexpr int kWideBits = 4, kBitsBesideWide = 2;
+ZC_HOST_DEVICE constexpr bool is_page_class(int head_dim, PageClass cls) {
+  return is_code_width(cls.key_bits) && is_code_width(cls.value_bits) &&
+         (cls.wide_chunks == 0 || (cls.wide_bits == kWideBits && cls.key_bits == kBitsBesideWide &&
+                                   cls.wide_chunks < head_dim / kChunkChannels));
+}
+
 // --- Sizes and offsets inside a tile -------------------------------------------------------------
 
-// Bytes of the codes of one tensor (all its planes) in a tile.
+// Bytes of a matrix of codes (all its planes) in a tile.
 ZC_HOST_DEVICE constexpr int tile_code_bytes(int head_dim, int bits) {
   return kTileTokens * head_dim * bits / 8;
 }
-ZC_HOST_DEVICE constexpr int tile_value_offset(int head_dim, int key_bits) {
-  return tile_code_bytes(head_dim, key_bits);
+// Where the matrix of a chunk of keys starts, if there are wide channels.
+ZC_HOST_DEVICE constexpr int key_chunk_offset(PageClass cls, int chunk) {
+  const int n_wide = chunk < cls.wide_chunks ? chunk : cls.wide_chunks;
+  return tile_code_bytes(kChunkChannels, n_wide * cls.wide_bits + (chunk - n_wide) * cls.key_bits);
 }
-ZC_HOST_DEVICE constexpr int tile_param_offset(int head_dim, int key_bits, int value_bits) {
-  return tile_code_bytes(head_dim, key_bits) + tile_code_bytes(head_dim, value_bits);
+ZC_HOST_DEVICE constexpr int tile_value_offset(int head_dim, PageClass cls) {
+  return key_chunk_offset(cls, head_dim / kChunkChannels);
 }
-ZC_HOST_DEVICE constexpr int tile_bytes(int head_dim, int key_bits, int value_bits) {
-  return tile_param_offset(head_dim, key_bits, value_bits) + kTileParamBytes;
+ZC_HOST_DEVICE constexpr int tile_param_offset(int head_dim, PageClass cls) {
+  return tile_value_offset(head_dim, cls) + tile_code_bytes(head_dim, cls.value_bits);
 }
-ZC_HOST_DEVICE constexpr int page_bytes(int head_dim, int key_bits, int value_bits) {
-  return kTilesPerPage * tile_bytes(head_dim, key_bits, value_bits);
+ZC_HOST_DEVICE constexpr int tile_bytes(int head_dim, PageClass cls) {
+  return tile_param_offset(head_dim, cls) + kTileParamBytes;
+}
+ZC_HOST_DEVICE constexpr int page_bytes(int head_dim, PageClass cls) {
+  return kTilesPerPage * tile_bytes(head_dim, cls);
 }
 
 // Halves from the tile's first parameter to the s or z of token t. s: lane group g reads its four
@@ -109,7 +140,7 @@ ZC_HOST_DEVICE constexpr int high_bit_shift(int v, int half, int n) {
   return 16 * half + 4 * n + kBase[v];
 }
 
-// Key of `token` (0..31 of the tile), channel 0..head_dim-1.
+// Key of `token` (0..31 of the tile), channel 0..head_dim-1 of one matrix of codes.
 ZC_HOST_DEVICE constexpr CodePosition key_position(int head_dim, int bits, int token, int channel) {
   const int lane = (token & 7) * 4 + ((channel >> 3) & 3);
   const int row = (token >> 3) & 1;  // which row of the matrix tile: g or g + 8
@@ -143,10 +174,24 @@ ZC_HOST_DEVICE constexpr CodePosition key_position(int head_dim, int bits, int t
   return at;
 }
 
-// Value of `token` (0..31 of the tile), channel 0..head_dim-1; offsets count from the tile's start.
-ZC_HOST_DEVICE constexpr CodePosition value_position(int head_dim, int key_bits, int bits,
-                                                     int token, int channel) {
-  const int start = tile_value_offset(head_dim, key_bits);
+// Key of `token`, stored channel 0..head_dim-1 of a page.
+ZC_HOST_DEVICE constexpr CodePosition key_position(int head_dim, PageClass cls, int token,
+                                                   int channel) {
+  if (cls.wide_chunks == 0) {
+    return key_position(head_dim, cls.key_bits, token, channel);
+  }
+  const int chunk = channel / kChunkChannels, start = key_chunk_offset(cls, chunk);
+  CodePosition at =
+      key_position(kChunkChannels, cls.chunk_bits(chunk), token, channel % kChunkChannels);
+  at.low.offset += start;
+  at.high.offset += start;
+  return at;
+}
+
+// Value of `token` (0..31 of the tile), channel 0..head_dim-1; offsets count from where the tile's
+// values start.
+ZC_HOST_DEVICE constexpr CodePosition value_position(int head_dim, int bits, int token,
+                                                     int channel) {
   const int lane = ((channel >> 3) & 7) * 4 + ((token >> 1) & 3);
   const int block = (channel >> 6) * 4 + ((channel >> 1) & 3);  // which 16-channel matrix tile
   const int row = channel & 1;                                  // its row g or g + 8
@@ -157,22 +202,20 @@ ZC_HOST_DEVICE constexpr CodePosition value_position(int head_dim, int key_bits,
   CodePosition at;
   switch (bits) {
     case 2:
-      at.low = {start + word_offset(head_dim, 2, lane, block),
+      at.low = {word_offset(head_dim, 2, lane, block),
                 16 * half + 2 * (2 * (upper + 2 * step) + (1 - row)), 2};
       break;
     case 3:
-      at.low = {start + word_offset(head_dim, 2, lane, block), 16 * half + 2 * (2 * nibble + step),
-                2};
-      at.high = {start + tile_code_bytes(head_dim, 2) + word_offset(head_dim, 1, lane, block / 2),
+      at.low = {word_offset(head_dim, 2, lane, block), 16 * half + 2 * (2 * nibble + step), 2};
+      at.high = {tile_code_bytes(head_dim, 2) + word_offset(head_dim, 1, lane, block / 2),
                  high_bit_shift((block & 1) * 2 + step, half, nibble), 1};
       break;
     case 4:
-      at.low = {start + word_offset(head_dim, 4, lane, block * 2 + step), 16 * half + 4 * nibble,
-                4};
+      at.low = {word_offset(head_dim, 4, lane, block * 2 + step), 16 * half + 4 * nibble, 4};
       break;
     default:
-      at.low = {start + word_offset(head_dim, 8, lane, (block * 2 + step) * 2 + row),
-                16 * half + 8 * upper, 8};
+      at.low = {word_offset(head_dim, 8, lane, (block * 2 + step) * 2 + row), 16 * half + 8 * upper,
+                8};
       break;
   }
   return at;
@@ -180,11 +223,6 @@ ZC_HOST_DEVICE constexpr CodePosition value_position(int head_dim, int key_bits,
 
 // --- Page lists ----------------------------------------------------------------------------------
 
-// Widths of the two tensors of a page.
-struct PageClass {
-  std::uint8_t key_bits = 4;
-  std::uint8_t value_bits = 4;
-};
 inline constexpr int kMaxClasses = 8;
 
 // One page of a (sequence, KV head). Pages of a class should stand together in a list: a change of
@@ -197,9 +235,11 @@ struct PageEntry {
 };
 static_assert(sizeof(PageEntry) == 8);
 
-static_assert(tile_bytes(128, 2, 2) == 2176 && page_bytes(128, 2, 2) == 4352);
-static_assert(tile_bytes(128, 4, 4) == 4224 && page_bytes(128, 4, 4) == 8448);
-static_assert(tile_bytes(64, 3, 2) % kTileAlignment == 0);
-static_assert(tile_bytes(256, 8, 3) % kTileAlignment == 0);
+static_assert(tile_bytes(128, {2, 2}) == 2176 && page_bytes(128, {2, 2}) == 4352);
+static_assert(tile_bytes(128, {4, 4}) == 4224 && page_bytes(128, {4, 4}) == 8448);
+static_assert(tile_bytes(128, {2, 3, 2, 4}) == 3200 && tile_bytes(128, {2, 2, 2, 4}) == 2688);
+static_assert(tile_bytes(64, {3, 2}) % kTileAlignment == 0);
+static_assert(tile_bytes(64, {2, 3, 1, 4}) % kTileAlignment == 0);
+static_assert(tile_bytes(256, {8, 3}) % kTileAlignment == 0);
 
 }  // namespace zipcache::cuda

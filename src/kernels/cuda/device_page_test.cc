@@ -29,26 +29,43 @@ bool take(std::vector<std::uint32_t>& words, const BitField& field, int begin, i
   return ok;
 }
 
+// All pairs of widths, and wide channels beside every narrower width.
+std::vector<PageClass> every_class(int head_dim) {
+  std::vector<PageClass> classes;
+  for (const std::uint8_t key_bits : kWidths) {
+    for (const std::uint8_t value_bits : kWidths) {
+      classes.push_back({key_bits, value_bits});
+      for (int chunks = 1; chunks < head_dim / kChunkChannels; ++chunks) {
+        for (const std::uint8_t wide_bits : kWidths) {
+          classes.push_back({key_bits, value_bits, static_cast<std::uint8_t>(chunks), wide_bits});
+        }
+      }
+    }
+  }
+  return classes;
+}
+
 TEST(DevicePage, CodesTileTheirPlanes) {
   for (const int head_dim : kHeadDims) {
-    for (const int key_bits : kWidths) {
-      for (const int value_bits : kWidths) {
-        const int v = tile_value_offset(head_dim, key_bits);
-        const int end = tile_param_offset(head_dim, key_bits, value_bits);
-        std::vector<std::uint32_t> words(end / 4);
-        for (int token = 0; token < kTileTokens; ++token) {
-          for (int channel = 0; channel < head_dim; ++channel) {
-            const CodePosition k = key_position(head_dim, key_bits, token, channel);
-            const CodePosition x = value_position(head_dim, key_bits, value_bits, token, channel);
-            ASSERT_TRUE(take(words, k.low, 0, v) && take(words, k.high, 0, v));
-            ASSERT_TRUE(take(words, x.low, v, end) && take(words, x.high, v, end));
-            ASSERT_EQ(k.low.bits + k.high.bits, key_bits);
-            ASSERT_EQ(x.low.bits + x.high.bits, value_bits);
-          }
+    for (const PageClass cls : every_class(head_dim)) {
+      const int v = tile_value_offset(head_dim, cls);
+      const int end = tile_param_offset(head_dim, cls);
+      ASSERT_EQ(tile_bytes(head_dim, cls) % kTileAlignment, 0);
+      std::vector<std::uint32_t> words(end / 4);
+      for (int token = 0; token < kTileTokens; ++token) {
+        for (int channel = 0; channel < head_dim; ++channel) {
+          const CodePosition k = key_position(head_dim, cls, token, channel);
+          CodePosition x = value_position(head_dim, cls.value_bits, token, channel);
+          x.low.offset += v;
+          x.high.offset += v;
+          ASSERT_TRUE(take(words, k.low, 0, v) && take(words, k.high, 0, v));
+          ASSERT_TRUE(take(words, x.low, v, end) && take(words, x.high, v, end));
+          ASSERT_EQ(k.low.bits + k.high.bits, cls.chunk_bits(channel / kChunkChannels));
+          ASSERT_EQ(x.low.bits + x.high.bits, cls.value_bits);
         }
-        for (const std::uint32_t word : words) {
-          ASSERT_EQ(word, 0xffffffffu);
-        }
+      }
+      for (const std::uint32_t word : words) {
+        ASSERT_EQ(word, 0xffffffffu);
       }
     }
   }
@@ -65,15 +82,16 @@ TEST(DevicePage, ParametersHavePlacesOfTheirOwn) {
 
 TEST(DevicePage, ReadsWhatWasWritten) {
   for (const int head_dim : kHeadDims) {
-    for (const PageClass cls :
-         {PageClass{2, 8}, PageClass{3, 2}, PageClass{4, 3}, PageClass{8, 4}}) {
-      std::vector<std::byte> bytes(page_bytes(head_dim, cls.key_bits, cls.value_bits));
+    for (const PageClass cls : {PageClass{2, 8}, PageClass{3, 2}, PageClass{4, 3}, PageClass{8, 4},
+                                PageClass{2, 3, 1, 4}, PageClass{3, 2, 1, 8}}) {
+      std::vector<std::byte> bytes(page_bytes(head_dim, cls));
       HostPage page(bytes, head_dim, cls);
       for (const bool write : {true, false}) {
         Philox random(7, 0, 0);
         for (int token = 0; token < kPageTokens; ++token) {
           for (int channel = 0; channel < head_dim; ++channel) {
-            const int k = static_cast<int>(random.below(1u << cls.key_bits));
+            const int k =
+                static_cast<int>(random.below(1u << cls.chunk_bits(channel / kChunkChannels)));
             const int v = static_cast<int>(random.below(1u << cls.value_bits));
             if (write) {
               page.set_key_code(token, channel, k);

@@ -5,8 +5,8 @@
 // Both forms are rows of 16-byte units, so that one load of a lane is the operand of two matrix
 // instructions, in the order of channels (keys) or tokens (values) that the other operand has too:
 //
-//   keys    [64 tokens][head_dim]: unit n is channels 8n .. 8n+7; the lane i = L % 4 of a product
-//           takes unit 4c + i of every 32 channels c
+//   keys    [64 tokens][head_dim]: unit n is stored channels 8n .. 8n+7; the lane i = L % 4 of a
+//           product takes unit 4c + i of every 32 channels c
 //   values  [head_dim][64 tokens]: unit 4t + i is tokens 2i, 2i+1 and those + 8, + 16, + 24 of tile
 //   t
 //
@@ -55,53 +55,77 @@ __device__ __forceinline__ uint32_t load_high_word(const uint8_t* codes, int lan
                                             word_offset(kHeadDim, 1, lane, n));
 }
 
-// Keys of channels [64 * part, +64) of a tile. `set`: scales and minima, [2, head_dim].
+// Keys of 32 channels of a tile: chunk `of_matrix` of a matrix of kMatrixChannels channels. `set`:
+// scales and minima of the page's stored channels, `chunk` which 32 of these.
+template <int kHeadDim, int kMatrixChannels, int kBits>
+__device__ __forceinline__ void expand_key_chunk(const uint8_t* codes, int of_matrix,
+                                                 const HalfBits* set, int tile, int chunk,
+                                                 uint4* keys, int lane) {
+  constexpr int kLowBits = kBits == 3 ? 2 : kBits;
+  const int g = lane >> 2, i = lane & 3;
+  uint32_t w[kLowBits], high = 0;
+  load_lane_words<kMatrixChannels, kLowBits>(codes, lane, of_matrix * kLowBits, w);
+  if constexpr (kBits == 3) {
+    high = load_high_word<kMatrixChannels>(codes, lane, of_matrix);
+  }
+  const uint4 scale = ptx::load_16(set + chunk * 32 + i * 8);
+  const uint4 minimum = ptx::load_16(set + kHeadDim + chunk * 32 + i * 8);
+#pragma unroll
+  for (int block = 0; block < 2; ++block) {
+    uint32_t even[4], odd[4];
+    if constexpr (kBits == 2) {
+      unpack_key_2(w[block], even, odd);
+    } else if constexpr (kBits == 3) {
+      uint32_t nibbles[2];
+      merge_planes(w[block], block == 0 ? high : high << 2, block == 0 ? high >> 1 : high << 1,
+                   nibbles);
+      unpack_key_nibbles<7>(nibbles[0], even);
+      unpack_key_nibbles<7>(nibbles[1], odd);
+    } else if constexpr (kBits == 4) {
+      unpack_key_nibbles<15>(w[block], even);
+      unpack_key_nibbles<15>(w[2 + block], odd);
+    } else {
+      unpack_key_8(w[block * 2], w[block * 2 + 1], even);
+      unpack_key_8(w[4 + block * 2], w[4 + block * 2 + 1], odd);
+    }
+    const auto value = [](uint32_t u, int odd_step, int upper, uint32_t s, uint32_t m) {
+      const float inverse = key_inverse_factor(kBits, odd_step, upper);
+      const uint32_t code =
+          ptx::fma_half2(u, same_halves(inverse), same_halves(-kKeyOffset * inverse));
+      return ptx::fma_half2(code, s, m);
+    };
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      keys[key_unit<kHeadDim>(tile * kTileTokens + block * 16 + row * 8 + g, chunk * 4 + i)] = {
+          value(even[row], 0, 0, scale.x, minimum.x),
+          value(even[2 + row], 0, 1, scale.y, minimum.y), value(odd[row], 1, 0, scale.z, minimum.z),
+          value(odd[2 + row], 1, 1, scale.w, minimum.w)};
+    }
+  }
+}
+
+// Keys of stored channels [64 * part, +64) of a tile.
 template <int kHeadDim, int kBits>
 __device__ __forceinline__ void expand_keys(const uint8_t* codes, const HalfBits* set, int tile,
                                             int part, uint4* keys, int lane) {
-  constexpr int kLowBits = kBits == 3 ? 2 : kBits;
-  const int g = lane >> 2, i = lane & 3;
 #pragma unroll 1  // here and below: the caller's sums are in registers
   for (int chunk = part * 2; chunk < part * 2 + 2; ++chunk) {
-    uint32_t w[kLowBits], high = 0;
-    load_lane_words<kHeadDim, kLowBits>(codes, lane, chunk * kLowBits, w);
-    if constexpr (kBits == 3) {
-      high = load_high_word<kHeadDim>(codes, lane, chunk);
-    }
-    const uint4 scale = ptx::load_16(set + chunk * 32 + i * 8);
-    const uint4 minimum = ptx::load_16(set + kHeadDim + chunk * 32 + i * 8);
-#pragma unroll
-    for (int block = 0; block < 2; ++block) {
-      uint32_t even[4], odd[4];
-      if constexpr (kBits == 2) {
-        unpack_key_2(w[block], even, odd);
-      } else if constexpr (kBits == 3) {
-        uint32_t nibbles[2];
-        merge_planes(w[block], block == 0 ? high : high << 2, block == 0 ? high >> 1 : high << 1,
-                     nibbles);
-        unpack_key_nibbles<7>(nibbles[0], even);
-        unpack_key_nibbles<7>(nibbles[1], odd);
-      } else if constexpr (kBits == 4) {
-        unpack_key_nibbles<15>(w[block], even);
-        unpack_key_nibbles<15>(w[2 + block], odd);
-      } else {
-        unpack_key_8(w[block * 2], w[block * 2 + 1], even);
-        unpack_key_8(w[4 + block * 2], w[4 + block * 2 + 1], odd);
-      }
-      const auto value = [](uint32_t u, int odd_step, int upper, uint32_t s, uint32_t m) {
-        const float inverse = key_inverse_factor(kBits, odd_step, upper);
-        const uint32_t code =
-            ptx::fma_half2(u, same_halves(inverse), same_halves(-kKeyOffset * inverse));
-        return ptx::fma_half2(code, s, m);
-      };
-#pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        keys[key_unit<kHeadDim>(tile * kTileTokens + block * 16 + row * 8 + g, chunk * 4 + i)] = {
-            value(even[row], 0, 0, scale.x, minimum.x),
-            value(even[2 + row], 0, 1, scale.y, minimum.y),
-            value(odd[row], 1, 0, scale.z, minimum.z),
-            value(odd[2 + row], 1, 1, scale.w, minimum.w)};
-      }
+    expand_key_chunk<kHeadDim, kHeadDim, kBits>(codes, chunk, set, tile, chunk, keys, lane);
+  }
+}
+template <int kHeadDim>
+__device__ __forceinline__ void expand_wide_keys(const uint8_t* codes, PageClass cls,
+                                                 const HalfBits* set, int tile, int part,
+                                                 uint4* keys, int lane) {
+#pragma unroll 1
+  for (int chunk = part * 2; chunk < part * 2 + 2; ++chunk) {
+    const uint8_t* matrix = codes + key_chunk_offset(cls, chunk);
+    if (chunk < cls.wide_chunks) {
+      expand_key_chunk<kHeadDim, kChunkChannels, kWideBits>(matrix, 0, set, tile, chunk, keys,
+                                                            lane);
+    } else {
+      expand_key_chunk<kHeadDim, kChunkChannels, kBitsBesideWide>(matrix, 0, set, tile, chunk, keys,
+                                                                  lane);
     }
   }
 }
@@ -168,7 +192,11 @@ __device__ __forceinline__ void expand_page(const uint8_t* page, PageClass cls, 
   constexpr int kParts = kHeadDim / 64;
   for (int unit = warp; unit < 2 * kTilesPerPage * kParts; unit += n_warps) {
     const int part = unit % kParts, tile = unit / kParts % kTilesPerPage;
-    const uint8_t* codes = page + tile * tile_bytes(kHeadDim, cls.key_bits, cls.value_bits);
+    const uint8_t* codes = page + tile * tile_bytes(kHeadDim, cls);
+    if (unit < kTilesPerPage * kParts && cls.wide_chunks > 0) {
+      expand_wide_keys<kHeadDim>(codes, cls, set, tile, part, keys, lane);
+      continue;
+    }
     if (unit < kTilesPerPage * kParts) {
       switch (cls.key_bits) {
         case 2:
@@ -186,9 +214,9 @@ __device__ __forceinline__ void expand_page(const uint8_t* page, PageClass cls, 
       }
       continue;
     }
-    const HalfBits* params = reinterpret_cast<const HalfBits*>(
-        codes + tile_param_offset(kHeadDim, cls.key_bits, cls.value_bits));
-    codes += tile_value_offset(kHeadDim, cls.key_bits);
+    const HalfBits* params =
+        reinterpret_cast<const HalfBits*>(codes + tile_param_offset(kHeadDim, cls));
+    codes += tile_value_offset(kHeadDim, cls);
     switch (cls.value_bits) {
       case 2:
         expand_values<kHeadDim, 2>(codes, params, tile, part, values, lane);

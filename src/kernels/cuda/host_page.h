@@ -15,16 +15,17 @@ namespace zipcache::cuda {
 // A view of the bytes of one page; not an owner.
 class HostPage {
  public:
-  // REQUIRES: bytes.size() >= page_bytes(head_dim, cls.key_bits, cls.value_bits).
+  // REQUIRES: bytes.size() >= page_bytes(head_dim, cls).
   HostPage(std::span<std::byte> bytes, int head_dim, PageClass cls)
       : bytes_(bytes), head_dim_(head_dim), cls_(cls) {}
 
+  // `channel` of keys: the stored one.
   int key_code(int token, int channel) const {
-    return code(token, key_position(head_dim_, cls_.key_bits, token % kTileTokens, channel));
+    return code(token, key_position(head_dim_, cls_, token % kTileTokens, channel));
   }
   int value_code(int token, int channel) const { return code(token, value_at(token, channel)); }
   void set_key_code(int token, int channel, int code) {
-    set_code(token, key_position(head_dim_, cls_.key_bits, token % kTileTokens, channel), code);
+    set_code(token, key_position(head_dim_, cls_, token % kTileTokens, channel), code);
   }
   void set_value_code(int token, int channel, int code) {
     set_code(token, value_at(token, channel), code);
@@ -40,11 +41,14 @@ class HostPage {
 
  private:
   CodePosition value_at(int token, int channel) const {
-    return value_position(head_dim_, cls_.key_bits, cls_.value_bits, token % kTileTokens, channel);
+    const int start = tile_value_offset(head_dim_, cls_);
+    CodePosition at = value_position(head_dim_, cls_.value_bits, token % kTileTokens, channel);
+    at.low.offset += start;
+    at.high.offset += start;
+    return at;
   }
   std::byte* tile(int token) const {
-    return bytes_.data() +
-           token / kTileTokens * tile_bytes(head_dim_, cls_.key_bits, cls_.value_bits);
+    return bytes_.data() + token / kTileTokens * tile_bytes(head_dim_, cls_);
   }
   static int read(const std::byte* tile, const BitField& field) {
     std::uint32_t word;
@@ -68,9 +72,7 @@ class HostPage {
       write(tile(token), at.high, static_cast<std::uint32_t>(code) >> at.low.bits);
     }
   }
-  std::byte* params(int token) const {
-    return tile(token) + tile_param_offset(head_dim_, cls_.key_bits, cls_.value_bits);
-  }
+  std::byte* params(int token) const { return tile(token) + tile_param_offset(head_dim_, cls_); }
   Half param(int token, int index) const {
     Half half;
     std::memcpy(&half, params(token) + index * sizeof(Half), sizeof(Half));

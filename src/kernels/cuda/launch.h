@@ -46,6 +46,7 @@ struct DecodeLauncher {
 cudaError_t prepare_prefill(int head_dim, int* blocks_per_sm);
 cudaError_t launch_prefill(const PrefillParams& params, cudaStream_t stream);
 cudaError_t launch_pack(const PackParams& params, int n_pages, cudaStream_t stream);
+cudaError_t launch_query_power(const QueryPowerParams& params, cudaStream_t stream);
 cudaError_t launch_probe(const ProbeParams& params, cudaStream_t stream);
 cudaError_t launch_append(const AppendParams& params, cudaStream_t stream);
 

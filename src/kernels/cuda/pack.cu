@@ -3,9 +3,10 @@
 //   find_ranges    per (head, slab of slots): channel minima and maxima of keys per scale set, the
 //                  largest |value| per channel; slabs meet in atomic maxima, which no order can
 //                  change
-//   finish_params  per (head, channel): fp16 scale and minimum per scale set, channel factors
+//   finish_params  per (head, channel): which channels of keys are wide and where channels are
+//                  stored, fp16 scale and minimum per scale set, channel factors
 //   pack_tiles     one warp per tile and tensor: codes in registers, words in the order of
-//                  device_page.h
+//                  device_page.h; keys with wide channels pass through shared memory for theirs
 //
 // The arithmetic is that of quant/grid.cc: parameters are rounded first and codes follow from the
 // rounded ones, half to even, clamped.
@@ -114,7 +115,7 @@ __global__ void __launch_bounds__(kRangeThreads) find_ranges(const __grid_consta
       const int64_t at =
           token_of_slot(p, head, slot) * p.token_stride + head * p.head_dim + column * 8;
       k[n] = __ldg(reinterpret_cast<const uint4*>(p.k + at));
-      v[n] = __ldg(reinterpret_cast<const uint4*>(p.v + at));
+      v[n] = p.keep_factors ? uint4{0, 0, 0, 0} : __ldg(reinterpret_cast<const uint4*>(p.v + at));
     }
 #pragma unroll
     for (int n = 0; n < kBatch; ++n) {
@@ -152,26 +153,81 @@ __global__ void __launch_bounds__(kRangeThreads) find_ranges(const __grid_consta
   }
 }
 
+// Where a channel of keys is stored, if there are wide ones.
+struct StoredChannel {
+  int position = 0;
+  bool is_wide = false;
+};
+// All threads of the block call this, one per channel; `errors` and `wide`: shared, head_dim each.
+__device__ __forceinline__ StoredChannel place_channel(const PackParams& p, int head, int channel,
+                                                       int n_wide, float* errors, int* wide) {
+  float max = -INFINITY, min = INFINITY;
+  for (int set = 0; set < p.n_key_sets; ++set) {
+    const uint32_t* from = key_extremes(p, head, set) + channel;
+    if (from[0] != 0) {
+      max = fmaxf(max, from_ordered(from[0]));
+      min = fminf(min, -from_ordered(from[p.head_dim]));
+    }
+  }
+  const float range = fminf(max - min, kLargestHalf);
+  float error = range * range;
+  if (p.query_power != nullptr) {
+    error *= __ldg(p.query_power + static_cast<int64_t>(head) * p.head_dim + channel);
+  }
+  error = isnan(error) ? 0.0f : error;
+  errors[channel] = error;
+  __syncthreads();
+  int rank = 0;
+  for (int other = 0; other < p.head_dim; ++other) {
+    rank += errors[other] > error || (errors[other] == error && other < channel) ? 1 : 0;
+  }
+  StoredChannel at;
+  at.is_wide = rank < n_wide;
+  wide[channel] = at.is_wide ? 1 : 0;
+  __syncthreads();
+  int n_wide_before = 0;
+  for (int other = 0; other < channel; ++other) {
+    n_wide_before += wide[other];
+  }
+  at.position = at.is_wide ? n_wide_before : n_wide + channel - n_wide_before;
+  return at;
+}
+
 // One block per head, one thread per channel.
 __global__ void finish_params(const __grid_constant__ PackParams p) {
+  __shared__ float errors[kMaxHeadDim];
+  __shared__ int wide[kMaxHeadDim];
   const int head = blockIdx.x, channel = threadIdx.x;
+  int n_wide = 0;
+  for (int cls = 0; cls < p.n_classes; ++cls) {
+    n_wide = max(n_wide, p.classes[cls].wide_chunks * kChunkChannels);
+  }
+  const StoredChannel stored =
+      n_wide > 0 ? place_channel(p, head, channel, n_wide, errors, wide) : StoredChannel{};
   for (int set = 0; set < p.n_key_sets; ++set) {
-    int cls = 0;  // all classes of a set have one key width and clip
+    int cls = 0;  // all classes of a set have one width of keys and clip
     while (cls + 1 < p.n_classes && p.key_set[cls] != set) {
       ++cls;
     }
+    const bool has_order = p.classes[cls].wide_chunks > 0;
+    const int bits = has_order && stored.is_wide ? kWideBits : p.classes[cls].key_bits;
+    const float clip = stored.is_wide ? p.wide_clip : p.key_clip[cls];
     const uint32_t* from = key_extremes(p, head, set) + channel;
     float scale = 1, low = 0;
     if (from[0] != 0) {  // the set has tokens
       const float max = from_ordered(from[0]), min = -from_ordered(from[p.head_dim]);
-      const float margin = (max - min) * ((1.0f - p.key_clip[cls]) * 0.5f);
+      const float margin = (max - min) * ((1.0f - clip) * 0.5f);
       low = min + margin;
-      scale = rounded_half(((max - margin) - low) / ((1 << p.classes[cls].key_bits) - 1));
+      scale = rounded_half(((max - margin) - low) / ((1 << bits) - 1));
       scale = scale > 0 ? scale : 1.0f;
     }
-    HalfBits* to = p.key_sets + (static_cast<int64_t>(head) * p.n_key_sets + set) * 2 * p.head_dim;
-    to[channel] = static_cast<HalfBits>(ptx::pack_half2(scale, 0));
-    to[p.head_dim + channel] = static_cast<HalfBits>(ptx::pack_half2(rounded_half(low), 0));
+    const int64_t index = static_cast<int64_t>(head) * p.n_key_sets + set;
+    HalfBits* to = p.key_sets + index * 2 * p.head_dim + (has_order ? stored.position : channel);
+    to[0] = static_cast<HalfBits>(ptx::pack_half2(scale, 0));
+    to[p.head_dim] = static_cast<HalfBits>(ptx::pack_half2(rounded_half(low), 0));
+    if (has_order) {
+      p.key_orders[index * p.head_dim + stored.position] = static_cast<uint8_t>(channel);
+    }
   }
   if (p.keep_factors) {
     return;
@@ -231,45 +287,109 @@ __device__ __forceinline__ uint32_t code_of(float steps) {
   return __float_as_uint(clamped + 12582912.0f) & kLevels;
 }
 
-template <int kHeadDim, int kBits>
-__device__ __forceinline__ void pack_keys(const PackParams& p, const int64_t (&rows)[4],
-                                          const bool (&used)[4], const HalfBits* set, int lane,
-                                          uint8_t* tile) {
+// 32 channels of the lane's tokens: chunk `chunk` of a matrix of kMatrixChannels channels. `keys`:
+// the lane's 8 of them; `scales` and `minima`: theirs.
+template <int kMatrixChannels, int kBits>
+__device__ __forceinline__ void pack_key_chunk(const uint4 (&keys)[4], const bool (&used)[4],
+                                               const HalfBits* scales, const HalfBits* minima,
+                                               int lane, int chunk, uint8_t* matrix) {
+  float scale[8], inverse[8], low[8];
+  to_floats(load_channels(scales, 0, true), scale);
+  to_floats(load_channels(minima, 0, true), low);
+#pragma unroll
+  for (int channel = 0; channel < 8; ++channel) {
+    inverse[channel] = 1.0f / scale[channel];
+  }
+  uint32_t codes[4][8];
+#pragma unroll
+  for (int n = 0; n < 4; ++n) {
+    float x[8];
+    to_floats(keys[n], x);
+#pragma unroll
+    for (int channel = 0; channel < 8; ++channel) {
+      const uint32_t code =
+          code_of<kBits>(quotient(x[channel] - low[channel], scale[channel], inverse[channel]));
+      codes[n][channel] = used[n] ? code : 0u;
+    }
+  }
+  store_key_words<kMatrixChannels, kBits>(matrix, lane, chunk, codes);
+}
+
+// Calls use(chunk, keys) for every 32 channels of the lane's tokens g + 8n, with its 8 of them.
+template <int kHeadDim, typename Use>
+__device__ __forceinline__ void for_key_chunks(const PackParams& p, const int64_t (&rows)[4],
+                                               const bool (&used)[4], int lane, Use use) {
   constexpr int kBatch = 2;  // chunks whose loads are under way together
-  const int first = (lane & 3) * 8;
 #pragma unroll 1
   for (int batch = 0; batch < kHeadDim / 32; batch += kBatch) {
     uint4 keys[kBatch][4];
 #pragma unroll
     for (int c = 0; c < kBatch; ++c) {
 #pragma unroll
-      for (int n = 0; n < 4; ++n) {  // tokens g + 8n
-        keys[c][n] = load_channels(p.k, rows[n] + (batch + c) * 32 + first, used[n]);
+      for (int n = 0; n < 4; ++n) {
+        keys[c][n] = load_channels(p.k, rows[n] + (batch + c) * 32 + (lane & 3) * 8, used[n]);
       }
     }
 #pragma unroll
     for (int c = 0; c < kBatch; ++c) {
-      const int chunk = batch + c;
-      float scale[8], inverse[8], low[8];
-      to_floats(load_channels(set, chunk * 32 + first, true), scale);
-      to_floats(load_channels(set + kHeadDim, chunk * 32 + first, true), low);
+      use(batch + c, keys[c]);
+    }
+  }
+}
+
+template <int kHeadDim, int kBits>
+__device__ __forceinline__ void pack_keys(const PackParams& p, const int64_t (&rows)[4],
+                                          const bool (&used)[4], const HalfBits* set, int lane,
+                                          uint8_t* tile) {
+  for_key_chunks<kHeadDim>(p, rows, used, lane, [&](int chunk, const uint4(&keys)[4]) {
+    const HalfBits* scales = set + chunk * 32 + (lane & 3) * 8;
+    pack_key_chunk<kHeadDim, kBits>(keys, used, scales, scales + kHeadDim, lane, chunk, tile);
+  });
+}
+
+// Halves between two tokens in shared memory; + 8 spreads them over the banks.
+__host__ __device__ constexpr int staged_stride(int head_dim) { return head_dim + 8; }
+constexpr int staged_bytes(int head_dim) {
+  return kPackWarps * kTileTokens * staged_stride(head_dim) * 2;
+}
+
+// Keys with wide channels: the tile's rows go to shared memory as they are and come back in the
+// order of the stored channels. `staged`: this warp's.
+template <int kHeadDim>
+__device__ __forceinline__ void pack_wide_keys(const PackParams& p, PageClass cls,
+                                               const int64_t (&rows)[4], const bool (&used)[4],
+                                               const HalfBits* set, const uint8_t* order,
+                                               HalfBits* staged, int lane, uint8_t* tile) {
+  constexpr int kStride = staged_stride(kHeadDim);
+  const int first = (lane & 3) * 8;
+  HalfBits* own = staged + (lane >> 2) * kStride;
+  for_key_chunks<kHeadDim>(p, rows, used, lane, [&](int chunk, const uint4(&keys)[4]) {
 #pragma unroll
-      for (int channel = 0; channel < 8; ++channel) {
-        inverse[channel] = 1.0f / scale[channel];
-      }
-      uint32_t codes[4][8];
+    for (int n = 0; n < 4; ++n) {
+      *reinterpret_cast<uint4*>(own + n * 8 * kStride + chunk * 32 + first) = keys[n];
+    }
+  });
+  __syncwarp();
+#pragma unroll 1
+  for (int chunk = 0; chunk < kHeadDim / kChunkChannels; ++chunk) {
+    const uint2 at = __ldg(reinterpret_cast<const uint2*>(order + chunk * 32 + first));
+    uint4 keys[4];
 #pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        float x[8];
-        to_floats(keys[c][n], x);
-#pragma unroll
-        for (int channel = 0; channel < 8; ++channel) {
-          const uint32_t code =
-              code_of<kBits>(quotient(x[channel] - low[channel], scale[channel], inverse[channel]));
-          codes[n][channel] = used[n] ? code : 0u;
-        }
-      }
-      store_key_words<kHeadDim, kBits>(tile, lane, chunk, codes);
+    for (int n = 0; n < 4; ++n) {
+      const HalfBits* row = own + n * 8 * kStride;
+      const auto pair = [&](uint32_t two) {
+        return uint32_t{row[two & 0xff]} | uint32_t{row[two >> 8 & 0xff]} << 16;
+      };
+      keys[n] = {pair(at.x), pair(at.x >> 16), pair(at.y), pair(at.y >> 16)};
+    }
+    const HalfBits* scales = set + chunk * 32 + first;
+    uint8_t* matrix = tile + key_chunk_offset(cls, chunk);
+    if (chunk < cls.wide_chunks) {
+      pack_key_chunk<kChunkChannels, kWideBits>(keys, used, scales, scales + kHeadDim, lane, 0,
+                                                matrix);
+    } else {
+      pack_key_chunk<kChunkChannels, kBitsBesideWide>(keys, used, scales, scales + kHeadDim, lane,
+                                                      0, matrix);
     }
   }
 }
@@ -277,11 +397,12 @@ __device__ __forceinline__ void pack_keys(const PackParams& p, const int64_t (&r
 template <int kHeadDim, int kBits>
 __device__ __forceinline__ void pack_values(const PackParams& p, const int64_t (&rows)[8],
                                             const bool (&used)[8], const float* factors, float clip,
-                                            int lane, uint8_t* codes_at, HalfBits* params) {
+                                            bool keep_length, int lane, uint8_t* codes_at,
+                                            HalfBits* params) {
   constexpr float kLevels = (1 << kBits) - 1;
   const int first = (lane >> 2) * 8;
-  // Calls use(token, x) for the lane's tokens with its 8 channels of `part`, divided by their
-  // factors. Keeping the values from one pass to the next was slower: 64 registers.
+  // Calls use(token, x, factor) for the lane's tokens with its 8 channels of `part`, divided by
+  // their factors. Keeping the values from one pass to the next was slower: 64 registers.
   const auto for_tokens = [&](int part, auto use) {
     uint4 raw[8];
 #pragma unroll
@@ -302,62 +423,87 @@ __device__ __forceinline__ void pack_values(const PackParams& p, const int64_t (
       for (int c = 0; c < 8; ++c) {
         x[c] = quotient(x[c], factor[c], inverse[c]);
       }
-      use(token, x);
+      use(token, x, factor);
     }
   };
 
-  // Ranges of the lane's 8 tokens over all channels: its own, then the 8 lanes that share the
-  // tokens.
-  float scale[8], low[8], largest[8], least[8];
+  // The lane's 8 tokens over all channels: its own of them, then the 8 lanes that share the tokens.
+  // Of these lanes, lane g keeps and writes what is of token g.
+  const int own = lane >> 2;
+  const auto over_lanes = [](float x, auto combine) {
+#pragma unroll
+    for (int offset = 4; offset < 32; offset *= 2) {
+      x = combine(x, __shfl_xor_sync(ptx::kFullWarp, x, offset));
+    }
+    return x;
+  };
+  const auto sum_of = [](float x, float y) { return x + y; };
+  float largest[8], least[8], squares[8];
 #pragma unroll
   for (int token = 0; token < 8; ++token) {
-    largest[token] = -INFINITY, least[token] = INFINITY;
+    largest[token] = -INFINITY, least[token] = INFINITY, squares[token] = 0;
   }
 #pragma unroll 1
   for (int part = 0; part < kHeadDim / 64; ++part) {
-    for_tokens(part, [&](int token, const float(&x)[8]) {
+    for_tokens(part, [&](int token, const float(&x)[8], const float(&factor)[8]) {
 #pragma unroll
       for (int c = 0; c < 8; ++c) {
         largest[token] = fmaxf(largest[token], x[c]);
         least[token] = fminf(least[token], x[c]);
+        const float exact = factor[c] * x[c];
+        squares[token] = fmaf(exact, exact, squares[token]);
       }
     });
   }
+  uint32_t grid[8];  // (scale, zero): both are fp16, together they are a register
+  float own_square = 0;
 #pragma unroll
   for (int token = 0; token < 8; ++token) {
-    float max = largest[token], min = least[token];
-#pragma unroll
-    for (int offset = 4; offset < 32; offset *= 2) {
-      max = fmaxf(max, __shfl_xor_sync(ptx::kFullWarp, max, offset));
-      min = fminf(min, __shfl_xor_sync(ptx::kFullWarp, min, offset));
-    }
+    const float max = over_lanes(largest[token], fmaxf), min = over_lanes(least[token], fminf);
     const float margin = (max - min) * ((1.0f - clip) * 0.5f);
-    low[token] = min + margin;
-    scale[token] = rounded_half(fminf(((max - margin) - low[token]) / kLevels, 127.0f));
-    const bool flat = !(scale[token] > 0);
-    scale[token] = flat ? 1.0f : scale[token];
-    const float zero = rounded_half(-low[token] / scale[token]);
-    low[token] = __fmul_rn(-zero, scale[token]);  // no contraction: testable to the bit
-    if (lane < 4) {
-      // Tokens of lane i: 2i, 2i+1, 2i+8, 2i+9, and those + 16.
-      const int t = token / 4 * 16 + token / 2 % 2 * 8 + lane * 2 + token % 2;
-      params[scale_index(t)] =
-          static_cast<HalfBits>(ptx::pack_half2(used[token] ? scale[token] : 0, 0));
-      params[zero_index(t)] = static_cast<HalfBits>(ptx::pack_half2(used[token] ? zero : 0, 0));
-    }
+    const float low = min + margin;
+    const float scale = rounded_half(fminf(((max - margin) - low) / kLevels, 127.0f));
+    const float divisor = scale > 0 ? scale : 1.0f;
+    grid[token] = ptx::pack_half2(divisor, rounded_half(-low / divisor));
+    const float square = over_lanes(squares[token], sum_of);
+    own_square = token == own ? square : own_square;
   }
+
+  float across[8] = {};  // exact . decoded
 #pragma unroll 1
   for (int part = 0; part < kHeadDim / 64; ++part) {
     uint32_t codes[8][8];  // [token][channel]; 0 for an unused token, which is all zeros
-    for_tokens(part, [&](int token, const float(&x)[8]) {
-      const float inverse = 1.0f / scale[token];
+    for_tokens(part, [&](int token, const float(&x)[8], const float(&factor)[8]) {
+      const float scale = ptx::low_half(grid[token]);
+      const float low = __fmul_rn(-ptx::high_half(grid[token]), scale);  // testable to the bit
+      const float inverse = 1.0f / scale;
 #pragma unroll
       for (int c = 0; c < 8; ++c) {
-        codes[token][c] = code_of<kBits>(quotient(x[c] - low[token], scale[token], inverse));
+        codes[token][c] = code_of<kBits>(quotient(x[c] - low, scale, inverse));
+        const float decoded = fmaf(static_cast<float>(codes[token][c]), scale, low);
+        across[token] = fmaf(factor[c] * factor[c] * x[c], decoded, across[token]);
       }
     });
     store_value_words<kHeadDim, kBits>(codes_at, lane, part, codes);
   }
+
+  uint32_t own_grid = 0;
+  float stretch = 1;
+  bool own_used = false;
+#pragma unroll
+  for (int token = 0; token < 8; ++token) {
+    own_grid = token == own ? grid[token] : own_grid;
+    own_used = token == own ? used[token] : own_used;
+    const float sum = over_lanes(across[token], sum_of);
+    stretch = token == own ? own_square / sum : stretch;
+  }
+  // Found in any case: a branch in the loops costs registers.
+  stretch = keep_length && stretch >= 0.5f && stretch <= 2.0f ? stretch : 1.0f;
+  const float scale = fminf(ptx::low_half(own_grid) * stretch, 127.0f);
+  // Tokens of lane i: 2i, 2i+1, 2i+8, 2i+9, and those + 16.
+  const int t = own / 4 * 16 + own / 2 % 2 * 8 + (lane & 3) * 2 + own % 2;
+  params[scale_index(t)] = static_cast<HalfBits>(own_used ? ptx::pack_half2(scale, 0) : 0);
+  params[zero_index(t)] = static_cast<HalfBits>(own_used ? own_grid >> 16 : 0);
 }
 
 template <int kHeadDim>
@@ -387,7 +533,7 @@ __global__ void __launch_bounds__(kPackWarps* kWarpLanes, 3)
   const int n_used = min(max(p.class_tokens[entry.cls] - in_class, 0), kTileTokens);
   const int begin = first_slot + in_class;
 
-  const int bytes = tile_bytes(kHeadDim, cls.key_bits, cls.value_bits);
+  const int bytes = tile_bytes(kHeadDim, cls);
   uint8_t* to = p.pool + static_cast<uint64_t>(entry.unit) * kTileAlignment + tile * bytes;
   const auto start_of = [&](int token, bool used) {
     return used ? token_of_slot(p, head, begin + token) * p.token_stride +
@@ -404,9 +550,15 @@ __global__ void __launch_bounds__(kPackWarps* kWarpLanes, 3)
       used[n] = token < n_used;
       rows[n] = start_of(token, used[n]);
     }
-    const HalfBits* set =
-        p.key_sets +
-        (static_cast<int64_t>(head) * p.n_key_sets + p.key_set[entry.cls]) * 2 * kHeadDim;
+    const int64_t set_index = static_cast<int64_t>(head) * p.n_key_sets + p.key_set[entry.cls];
+    const HalfBits* set = p.key_sets + set_index * 2 * kHeadDim;
+    if (cls.wide_chunks > 0) {
+      HalfBits* staged = reinterpret_cast<HalfBits*>(ptx::dynamic_shared()) +
+                         threadIdx.x / kWarpLanes * kTileTokens * staged_stride(kHeadDim);
+      pack_wide_keys<kHeadDim>(p, cls, rows, used, set, p.key_orders + set_index * kHeadDim, staged,
+                               lane, to);
+      return;
+    }
     switch (cls.key_bits) {
       case 2:
         pack_keys<kHeadDim, 2>(p, rows, used, set, lane, to);
@@ -432,23 +584,22 @@ __global__ void __launch_bounds__(kPackWarps* kWarpLanes, 3)
     used[n] = token < n_used;
     rows[n] = start_of(token, used[n]);
   }
-  uint8_t* codes = to + tile_value_offset(kHeadDim, cls.key_bits);
-  HalfBits* params =
-      reinterpret_cast<HalfBits*>(to + tile_param_offset(kHeadDim, cls.key_bits, cls.value_bits));
+  uint8_t* codes = to + tile_value_offset(kHeadDim, cls);
+  HalfBits* params = reinterpret_cast<HalfBits*>(to + tile_param_offset(kHeadDim, cls));
   const float* factors = p.value_factors + static_cast<int64_t>(head) * kHeadDim;
   const float clip = p.value_clip[entry.cls];
   switch (cls.value_bits) {
     case 2:
-      pack_values<kHeadDim, 2>(p, rows, used, factors, clip, lane, codes, params);
+      pack_values<kHeadDim, 2>(p, rows, used, factors, clip, p.keep_length, lane, codes, params);
       break;
     case 3:
-      pack_values<kHeadDim, 3>(p, rows, used, factors, clip, lane, codes, params);
+      pack_values<kHeadDim, 3>(p, rows, used, factors, clip, p.keep_length, lane, codes, params);
       break;
     case 4:
-      pack_values<kHeadDim, 4>(p, rows, used, factors, clip, lane, codes, params);
+      pack_values<kHeadDim, 4>(p, rows, used, factors, clip, p.keep_length, lane, codes, params);
       break;
     default:
-      pack_values<kHeadDim, 8>(p, rows, used, factors, clip, lane, codes, params);
+      pack_values<kHeadDim, 8>(p, rows, used, factors, clip, p.keep_length, lane, codes, params);
       break;
   }
 }
@@ -472,8 +623,17 @@ cudaError_t launch_pack(const PackParams& p, int n_pages, cudaStream_t stream) {
   }
   const int n_blocks = (n_pages * kTilesPerPage + kPackWarps - 1) / kPackWarps;  // of a tensor
   const dim3 tiles(2 * n_blocks, p.n_kv_heads);
+  bool has_wide = false;
+  for (int cls = 0; cls < p.n_classes; ++cls) {
+    has_wide |= p.classes[cls].wide_chunks > 0;
+  }
+  const int shared_bytes = has_wide ? staged_bytes(p.head_dim) : 0;
   const auto pack_with = [&](auto kernel) {
-    return launch_kernel(kernel, tiles, kPackWarps * kWarpLanes, 0, stream, p, n_pages, n_blocks);
+    const cudaError_t allowed =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    return allowed != cudaSuccess ? allowed
+                                  : launch_kernel(kernel, tiles, kPackWarps * kWarpLanes,
+                                                  shared_bytes, stream, p, n_pages, n_blocks);
   };
   switch (p.head_dim) {
     case 64:

@@ -29,12 +29,26 @@ struct PackCase {
   std::vector<int> class_tokens;
   std::vector<int> key_set{0, 1};
   float clip = 1.0f;
+  float wide_clip = 1.0f;
+  bool with_query_power = true;
+  bool keep_length = false;
+  bool keep_factors = false;  // all of them 2
+
+  int n_sets() const { return *std::max_element(key_set.begin(), key_set.end()) + 1; }
+  int n_wide() const {
+    int chunks = 0;
+    for (const PageClass cls : classes) {
+      chunks = std::max<int>(chunks, cls.wide_chunks);
+    }
+    return chunks * kChunkChannels;
+  }
 };
 
 struct Packed {
   HostCache cache;  // one sequence
   std::vector<Half> k, v;
   std::vector<std::int32_t> order;
+  std::vector<float> query_power;
 };
 
 Packed run_pack(const PackCase& c) {
@@ -43,6 +57,9 @@ Packed run_pack(const PackCase& c) {
   Packed packed;
   packed.k = random_halves(std::size_t(n) * c.n_kv_heads * c.head_dim, random);
   packed.v = random_halves(packed.k.size(), random);
+  for (int n = 0; n < c.n_kv_heads * c.head_dim; ++n) {
+    packed.query_power.push_back(static_cast<float>(random.below(4)));  // with equals and zeros
+  }
   for (int head = 0; head < c.n_kv_heads; ++head) {
     std::vector<std::int32_t> order(n);
     std::iota(order.begin(), order.end(), 0);
@@ -58,7 +75,10 @@ Packed run_pack(const PackCase& c) {
   p.head_dim = c.head_dim;
   p.token_stride = c.n_kv_heads * c.head_dim;
   p.n_classes = static_cast<int>(c.classes.size());
-  p.n_key_sets = *std::max_element(c.key_set.begin(), c.key_set.end()) + 1;
+  p.n_key_sets = c.n_sets();
+  p.wide_clip = c.wide_clip;
+  p.keep_length = c.keep_length;
+  p.keep_factors = c.keep_factors;
   for (int cls = 0; cls < p.n_classes; ++cls) {
     p.classes[cls] = c.classes[cls];
     p.class_tokens[cls] = c.class_tokens[cls];
@@ -77,8 +97,7 @@ Packed run_pack(const PackCase& c) {
             static_cast<std::uint8_t>(std::min(c.class_tokens[cls] - first, kPageTokens));
         entry.cls = static_cast<std::uint8_t>(cls);
         cache.pages.push_back(entry);
-        unit += page_bytes(c.head_dim, c.classes[cls].key_bits, c.classes[cls].value_bits) /
-                kTileAlignment;
+        unit += page_bytes(c.head_dim, c.classes[cls]) / kTileAlignment;
       }
     }
     cache.row_begin.push_back(static_cast<std::int32_t>(cache.pages.size()));
@@ -89,7 +108,9 @@ Packed run_pack(const PackCase& c) {
   const DeviceArray<PageEntry> pages(cache.pages);
   DeviceArray<std::byte> pool(std::size_t{unit} * kTileAlignment);
   DeviceArray<Half> key_sets(std::size_t(c.n_kv_heads) * p.n_key_sets * 2 * c.head_dim);
-  DeviceArray<float> factors(std::size_t(c.n_kv_heads) * c.head_dim);
+  DeviceArray<std::uint8_t> key_orders(std::size_t(c.n_kv_heads) * p.n_key_sets * c.head_dim, 0xff);
+  const DeviceArray<float> query_power(packed.query_power);
+  DeviceArray<float> factors(std::vector<float>(std::size_t(c.n_kv_heads) * c.head_dim, 2.0f));
   DeviceArray<std::uint32_t> workspace(pack_workspace_words(p));
   p.k = k.data();
   p.v = v.data();
@@ -97,6 +118,8 @@ Packed run_pack(const PackCase& c) {
   p.pages = pages.data();
   p.pool = reinterpret_cast<std::uint8_t*>(pool.data());
   p.key_sets = key_sets.data();
+  p.key_orders = c.n_wide() > 0 ? key_orders.data() : nullptr;
+  p.query_power = c.with_query_power ? query_power.data() : nullptr;
   p.value_factors = factors.data();
   p.workspace = workspace.data();
   EXPECT_EQ(pack_pages(p) * c.n_kv_heads, static_cast<int>(cache.pages.size()));
@@ -104,15 +127,38 @@ Packed run_pack(const PackCase& c) {
   EXPECT_TRUE(status) << (status ? "" : status.error().message);
   cache.pool = pool.to_host();
   cache.key_sets = key_sets.to_host();
+  cache.key_orders = key_orders.to_host();
   cache.value_factors = factors.to_host();
-  EXPECT_TRUE(pool.guards_intact() && key_sets.guards_intact() && factors.guards_intact() &&
-              workspace.guards_intact());
+  EXPECT_TRUE(pool.guards_intact() && key_sets.guards_intact() && key_orders.guards_intact() &&
+              factors.guards_intact() && workspace.guards_intact());
   return packed;
 }
 
 int code_of(float x, float low, float scale, int bits) {
   const float code = std::nearbyint((x - low) / scale);
   return static_cast<int>(std::clamp(code, 0.0f, static_cast<float>((1 << bits) - 1)));
+}
+
+// Channels of a head in the order in which they are stored, by the formula.
+std::vector<int> stored_channels(const PackCase& c, const Packed& packed, int head) {
+  const std::size_t n = packed.k.size() / (std::size_t(c.n_kv_heads) * c.head_dim);
+  std::vector<int> channels(c.head_dim);
+  std::iota(channels.begin(), channels.end(), 0);
+  std::vector<float> error;
+  for (const int channel : channels) {
+    float low = INFINITY, high = -INFINITY;
+    for (std::size_t token = 0; token < n; ++token) {
+      const float x = half_to_float(packed.k[(token * c.n_kv_heads + head) * c.head_dim + channel]);
+      low = std::min(low, x), high = std::max(high, x);
+    }
+    const float range = high - low;
+    error.push_back(range * range *
+                    (c.with_query_power ? packed.query_power[head * c.head_dim + channel] : 1));
+  }
+  std::ranges::stable_sort(channels, std::greater(), [&](int channel) { return error[channel]; });
+  std::sort(channels.begin(), channels.begin() + c.n_wide());
+  std::sort(channels.begin() + c.n_wide(), channels.end());
+  return channels;
 }
 
 void check_pack(const PackCase& c) {
@@ -122,21 +168,25 @@ void check_pack(const PackCase& c) {
   for (int head = 0; head < c.n_kv_heads; ++head) {
     const float* factors = &packed.cache.value_factors[std::size_t(head) * c.head_dim];
     int first_slot = 0, page_index = packed.cache.row_begin[head];
+    const std::vector<int> wide_order = stored_channels(c, packed, head);
 
     // Key parameters: the range of the set's tokens, shrunk about its centre.
-    const int n_sets = *std::max_element(c.key_set.begin(), c.key_set.end()) + 1;
-    for (int set = 0; set < n_sets; ++set) {
-      const Half* stored =
-          &packed.cache.key_sets[std::size_t(packed.cache.set_base[head] + set) * 2 * c.head_dim];
-      for (int channel = 0; channel < c.head_dim; ++channel) {
+    for (int set = 0; set < c.n_sets(); ++set) {
+      const std::size_t set_at = std::size_t(packed.cache.set_base[head] + set) * c.head_dim;
+      const Half* stored = &packed.cache.key_sets[2 * set_at];
+      const auto of_set = std::ranges::find(c.key_set, set) - c.key_set.begin();
+      const PageClass widths = c.classes[of_set];
+      for (int at = 0; at < c.head_dim; ++at) {
+        const int channel = widths.wide_chunks > 0 ? wide_order[at] : at;
+        ASSERT_EQ(packed.cache.key_orders[set_at + at],
+                  widths.wide_chunks > 0 ? channel : 0xff);  // else nothing is written
         float low = INFINITY, high = -INFINITY;
-        int slot = 0, bits = 0;
+        int slot = 0;
         for (std::size_t cls = 0; cls < c.classes.size(); ++cls) {
-          for (int at = 0; at < c.class_tokens[cls]; ++at, ++slot) {
+          for (int n_of_class = 0; n_of_class < c.class_tokens[cls]; ++n_of_class, ++slot) {
             if (c.key_set[cls] != set) {
               continue;
             }
-            bits = c.classes[cls].key_bits;
             const int token = packed.order[std::size_t(head) * n + slot];
             const float x =
                 half_to_float(packed.k[std::size_t(token) * stride + head * c.head_dim + channel]);
@@ -144,14 +194,16 @@ void check_pack(const PackCase& c) {
             high = std::max(high, x);
           }
         }
-        if (bits == 0) {
+        if (low > high) {
           continue;
         }
-        const float width = (high - low) * c.clip;
-        const float levels = static_cast<float>((1 << bits) - 1);
+        const bool is_wide = std::find(wide_order.begin(), wide_order.begin() + c.n_wide(),
+                                       channel) != wide_order.begin() + c.n_wide();
+        const float width = (high - low) * (is_wide ? c.wide_clip : c.clip);
+        const float levels = static_cast<float>((1 << widths.chunk_bits(at / kChunkChannels)) - 1);
         const float step = width / levels;
-        ASSERT_NEAR(half_to_float(stored[channel]), step > 0 ? step : 1.0f, step * 0x1p-10f);
-        ASSERT_NEAR(half_to_float(stored[c.head_dim + channel]), (low + high - width) / 2,
+        ASSERT_NEAR(half_to_float(stored[at]), step > 0 ? step : 1.0f, step * 0x1p-10f);
+        ASSERT_NEAR(half_to_float(stored[c.head_dim + at]), (low + high - width) / 2,
                     std::abs(low) * 0x1p-10f + 1e-6f);
       }
     }
@@ -162,8 +214,7 @@ void check_pack(const PackCase& c) {
         const PageEntry entry = packed.cache.pages[page_index + at / kPageTokens];
         std::byte* bytes =
             const_cast<std::byte*>(&packed.cache.pool[std::size_t{entry.unit} * kTileAlignment]);
-        const HostPage page({bytes, static_cast<std::size_t>(
-                                        page_bytes(c.head_dim, bits.key_bits, bits.value_bits))},
+        const HostPage page({bytes, static_cast<std::size_t>(page_bytes(c.head_dim, bits))},
                             c.head_dim, bits);
         const int in_page = at % kPageTokens;
         const int token = packed.order[std::size_t(head) * n + first_slot + at];
@@ -171,26 +222,44 @@ void check_pack(const PackCase& c) {
         const Half* set =
             &packed.cache.key_sets[std::size_t(packed.cache.set_base[head] + c.key_set[cls]) * 2 *
                                    c.head_dim];
-        const float scale = half_to_float(page.scale(in_page));
+        const float stored_scale = half_to_float(page.scale(in_page));
         const float zero = half_to_float(page.zero(in_page));
         float low = INFINITY, high = -INFINITY;
         for (int channel = 0; channel < c.head_dim; ++channel) {
-          const float k = half_to_float(packed.k[from + channel]);
-          ASSERT_EQ(page.key_code(in_page, channel),
-                    code_of(k, half_to_float(set[c.head_dim + channel]),
-                            half_to_float(set[channel]), bits.key_bits));
           const float v = half_to_float(packed.v[from + channel]) / factors[channel];
-          ASSERT_EQ(page.value_code(in_page, channel),
-                    code_of(v, -zero * scale, scale, bits.value_bits))
-              << "head " << head << " class " << cls << " token " << at << " channel " << channel;
           low = std::min(low, v);
           high = std::max(high, v);
         }
+        // The scale that codes are made with; with keep_length it is stretched afterwards.
         const float width = (high - low) * c.clip;
         const float levels = static_cast<float>((1 << bits.value_bits) - 1);
-        ASSERT_NEAR(scale, width / levels, width / levels * 0x1p-10f);
+        const float scale =
+            c.keep_length
+                ? half_to_float(float_to_half((high - (high - low) * ((1 - c.clip) * 0.5f) -
+                                               (low + (high - low) * ((1 - c.clip) * 0.5f))) /
+                                              levels))
+                : stored_scale;
+        double exact = 0, across = 0;
+        for (int stored = 0; stored < c.head_dim; ++stored) {
+          const int channel = bits.wide_chunks > 0 ? wide_order[stored] : stored;
+          const float k = half_to_float(packed.k[from + channel]);
+          ASSERT_EQ(page.key_code(in_page, stored),
+                    code_of(k, half_to_float(set[c.head_dim + stored]), half_to_float(set[stored]),
+                            bits.chunk_bits(stored / kChunkChannels)));
+          const float raw = half_to_float(packed.v[from + channel]);
+          const int code = page.value_code(in_page, channel);
+          ASSERT_EQ(code, code_of(raw / factors[channel], -zero * scale, scale, bits.value_bits))
+              << "head " << head << " class " << cls << " token " << at << " channel " << channel;
+          exact += double{raw} * raw;
+          across += double{raw} * factors[channel] * scale * (code - double{zero});
+        }
+        const double stretch =
+            c.keep_length && across > 0 && exact / across >= 0.5 && exact / across <= 2
+                ? exact / across
+                : 1;
+        ASSERT_NEAR(stored_scale, width / levels * stretch, width / levels * 0x1p-9f);
         ASSERT_NEAR(zero, -(low + high - width) / 2 / scale, levels * 0x1p-9f);
-        ASSERT_LT(scale, 8.0f);
+        ASSERT_LT(stored_scale, 8.0f);
       }
       first_slot += c.class_tokens[cls];
       page_index += (c.class_tokens[cls] + kPageTokens - 1) / kPageTokens;
@@ -227,12 +296,81 @@ TEST_F(PackTest, EveryWidth) {
 }
 
 TEST_F(PackTest, ClassesOfTheDefaultPolicy) {
+  for (const int head_dim : {64, 128, 256}) {
+    SCOPED_TRACE(head_dim);
+    PackCase c;
+    c.head_dim = head_dim;
+    const auto wide = static_cast<std::uint8_t>(head_dim / 2 / kChunkChannels);
+    c.classes = {{4, 3}, {2, 3, wide, 4}, {2, 2, wide, 4}};
+    c.class_tokens = {200, 300, 500};
+    c.key_set = {0, 1, 1};
+    c.clip = 0.75f;
+    c.keep_length = true;
+    check_pack(c);
+  }
+}
+
+TEST_F(PackTest, LaterSegmentsKeepTheFactors) {
   PackCase c;
-  c.classes = {{4, 3}, {3, 3}, {3, 2}};
-  c.class_tokens = {300, 200, 500};
-  c.key_set = {0, 1, 1};
-  c.clip = 0.9f;
+  c.class_tokens = {100, 150};
+  c.keep_factors = true;
   check_pack(c);
+  EXPECT_EQ(run_pack(c).cache.value_factors,
+            std::vector<float>(std::size_t(c.n_kv_heads) * c.head_dim, 2.0f));
+}
+
+TEST_F(PackTest, WideChannels) {
+  for (const int head_dim : {64, 128, 256}) {
+    for (int chunks = 1; chunks < head_dim / kChunkChannels; ++chunks) {
+      SCOPED_TRACE(::testing::Message() << "head_dim " << head_dim << ", " << chunks << " chunks");
+      PackCase c;
+      c.head_dim = head_dim;
+      const auto wide = static_cast<std::uint8_t>(chunks);
+      c.classes = {{2, 2, wide, 4}, {4, 3}};
+      c.class_tokens = {97, chunks % 2 * 64};  // a set without tokens has no say
+      c.clip = 0.8f;
+      c.wide_clip = 0.95f;
+      c.with_query_power = chunks % 2 == 0;
+      check_pack(c);
+    }
+  }
+}
+
+TEST_F(PackTest, QueryPower) {
+  for (const int head_dim : {64, 128, 256}) {
+    for (const int n : {0, 1, 31, 500}) {
+      for (const int group : {1, 3}) {
+        SCOPED_TRACE(::testing::Message()
+                     << "head_dim " << head_dim << ", " << n << " queries, group " << group);
+        const int n_kv_heads = 2, n_heads = n_kv_heads * group;
+        Random random(n + group);
+        const std::vector<Half> q = random_halves(std::size_t(n) * n_heads * head_dim, random);
+        std::vector<double> want(n_kv_heads * head_dim);
+        for (std::size_t at = 0; at < q.size(); ++at) {
+          const std::size_t head = at / head_dim % n_heads;
+          want[head / group * head_dim + at % head_dim] += std::pow(half_to_float(q[at]), 2.0);
+        }
+        const DeviceArray<Half> queries(q);
+        DeviceArray<float> power(want.size());
+        QueryPowerParams p;
+        p.n_queries = n;
+        p.n_kv_heads = n_kv_heads;
+        p.n_heads = n_heads;
+        p.head_dim = head_dim;
+        p.q = queries.data();
+        p.power = power.data();
+        for (int times = 1; times <= 2; ++times) {
+          ASSERT_TRUE(query_power(p, nullptr));
+          const std::vector<float> got = power.to_host();
+          for (std::size_t at = 0; at < want.size(); ++at) {
+            ASSERT_NEAR(got[at], times * want[at], 1e-5 * times * want[at]) << at;
+          }
+          p.add = true;
+        }
+        EXPECT_TRUE(power.guards_intact());
+      }
+    }
+  }
 }
 
 TEST_F(PackTest, EdgesOfPages) {

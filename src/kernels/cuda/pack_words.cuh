@@ -69,8 +69,7 @@ __device__ __forceinline__ void store_value_words(uint8_t* start, int lane, int 
       const int word = kBits <= 3   ? block
                        : kBits == 4 ? block * 2 + step
                                     : (block * 2 + step) * 2 + row;
-      const CodePosition at =
-          value_position(kHeadDim, 2, kBits, step * 16 + n / 2 % 2 * 8 + n % 2, c);
+      const CodePosition at = value_position(kHeadDim, kBits, step * 16 + n / 2 % 2 * 8 + n % 2, c);
       low[word] |= (codes[n][c] & ((1u << kLowBits) - 1)) << at.low.shift;
       if (kBits == 3) {
         high[block / 2] |= (codes[n][c] >> 2) << at.high.shift;

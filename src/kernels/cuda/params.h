@@ -19,8 +19,9 @@ struct alignas(128) WorkItem {
   std::int32_t n_pages = 0;
   std::int32_t next = -1;  // the block's next item, -1 = none
   std::int32_t set = 0;    // scale set: index into DecodeParams::key_sets
-  std::uint32_t bits = 0;  // of keys, of values << 8; kItem... flags << 16
+  std::uint32_t bits = 0;  // item_class_bits(), kItem... flags
   std::int32_t n_tokens = 0;
+  std::int32_t next_set = -1;      // of the block's next item
   std::int32_t first_partial = 0;  // slots of the row: [first_partial, first_partial + n_partials)
   std::int32_t n_partials = 0;     // 1: the block has the whole row and writes the result itself
   std::int32_t partial = 0;        // the block's slot
@@ -28,8 +29,16 @@ struct alignas(128) WorkItem {
   struct Page {
     std::uint32_t unit = 0;
   } pages[kItemPages];
-  std::int32_t unused[10] = {};
+  std::int32_t unused[9] = {};
 };
+ZC_HOST_DEVICE constexpr std::uint32_t item_class_bits(PageClass cls) {
+  return static_cast<std::uint32_t>(cls.key_bits | cls.value_bits << 4 | cls.wide_chunks << 8 |
+                                    cls.wide_bits << 12);
+}
+ZC_HOST_DEVICE constexpr PageClass item_class(std::uint32_t bits) {
+  return {static_cast<std::uint8_t>(bits & 15), static_cast<std::uint8_t>(bits >> 4 & 15),
+          static_cast<std::uint8_t>(bits >> 8 & 15), static_cast<std::uint8_t>(bits >> 12 & 15)};
+}
 inline constexpr std::uint32_t kItemEndsPart = 1u << 16;  // the block's last of this row
 inline constexpr std::uint32_t kItemWithTail = 2u << 16;  // the row's fp16 tail follows
 static_assert(sizeof(WorkItem) == 128);
@@ -46,9 +55,12 @@ struct DecodeParams {
   float* out = nullptr;         // [n_sequences, n_heads, head_dim]
   float* lse = nullptr;         // [n_sequences, n_heads], base 2; may be nullptr
 
-  const std::uint8_t* pool = nullptr;    // 128-byte aligned
-  const PageEntry* pages = nullptr;      // [all pages of all rows]
-  const HalfBits* key_sets = nullptr;    // [sets, 2, head_dim]: scale, min
+  const std::uint8_t* pool = nullptr;  // 128-byte aligned
+  const PageEntry* pages = nullptr;    // [all pages of all rows]
+  const HalfBits* key_sets = nullptr;  // [sets, 2, head_dim]: scale, min of stored channels
+  // [sets, head_dim]: the channel of each stored one, of sets whose pages have wide channels
+  // (others are not read); nullptr: no pages have.
+  const std::uint8_t* key_orders = nullptr;
   const float* value_factors = nullptr;  // [rows, head_dim]
 
   const HalfBits* tail_k = nullptr;           // [rows, kTailTokens, head_dim]; may be nullptr
@@ -98,7 +110,8 @@ struct PrefillParams {
   const std::int32_t* page_cells = nullptr;  // [pages, kPageTokens]: the slot's cell, < 0: dead
   const std::int32_t* row_begin = nullptr;   // [n_kv_heads + 1]
   const std::int32_t* set_base = nullptr;    // [n_kv_heads]: first scale set of the row
-  const HalfBits* key_sets = nullptr;        // [sets, 2, head_dim]: scale, min
+  const HalfBits* key_sets = nullptr;        // [sets, 2, head_dim]: scale, min of stored channels
+  const std::uint8_t* key_orders = nullptr;  // as in DecodeParams
   const float* value_factors = nullptr;      // [n_kv_heads, head_dim]
 
   // fp16 tokens, sealed never or not yet; element (token, head, channel) at token *
@@ -137,11 +150,21 @@ struct PackParams {
   std::int32_t n_key_sets = 0;             // <= kMaxKeySets
   float key_clip[kMaxClasses] = {};        // per class: its range shrunk to this fraction
   float value_clip[kMaxClasses] = {};
+  float wide_clip = 1;  // of wide channels, in every class
+  // Stretches the scale of a value token so that its decoded vector has the length of the exact one
+  // along it.
+  bool keep_length = false;
+  // [n_kv_heads, head_dim]: the wide channels of a head, if the classes have some, are those with
+  // the largest range^2 * query_power, of all its tokens, the lower channel first among equals.
+  // nullptr:
+  // 1. See query_power().
+  const float* query_power = nullptr;
   bool keep_factors = false;  // value_factors are given (a later segment), not computed
 
   std::uint8_t* pool = nullptr;
   const PageEntry* pages = nullptr;    // [n_kv_heads, n_pages], n_pages as pack_pages() counts
   HalfBits* key_sets = nullptr;        // [n_kv_heads, n_key_sets, 2, head_dim]
+  std::uint8_t* key_orders = nullptr;  // [n_kv_heads, n_key_sets, head_dim]; as in DecodeParams
   float* value_factors = nullptr;      // [n_kv_heads, head_dim]
   std::uint32_t* workspace = nullptr;  // pack_workspace_words() words
 };
@@ -161,6 +184,18 @@ struct ProbeParams {
   const float* lse = nullptr;               // [n_probes, n_heads], base 2
   const std::int32_t* positions = nullptr;  // [n_probes], ascending: a probe sees tokens <= it
   float* saliency = nullptr;                // [n_kv_heads, n_tokens]
+};
+
+// Sum of q^2 over query rows, for each channel of each KV head's query heads: which channels of
+// keys the queries read.
+struct QueryPowerParams {
+  std::int32_t n_queries = 0;
+  std::int32_t n_kv_heads = 0;
+  std::int32_t n_heads = 0;
+  std::int32_t head_dim = 0;
+  const HalfBits* q = nullptr;  // [n_queries, n_heads, head_dim]
+  bool add = false;             // to what is there
+  float* power = nullptr;       // [n_kv_heads, head_dim]
 };
 
 // Appends one token per sequence to the tails.

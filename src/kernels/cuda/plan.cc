@@ -41,8 +41,7 @@ class Planner {
   PageClass class_of(int page) const { return input_.classes[input_.pages[page].cls]; }
   std::int64_t page_cost(int page) const {
     const PageClass cls = class_of(page);
-    return page_bytes(input_.head_dim, cls.key_bits, cls.value_bits) +
-           std::int64_t{kTilesPerPage} * input_.tile_bytes;
+    return page_bytes(input_.head_dim, cls) + std::int64_t{kTilesPerPage} * input_.tile_bytes;
   }
   std::int64_t tail_cost() const {
     return input_.with_tail ? std::int64_t{input_.tail_tokens} * input_.head_dim * 4 : 0;
@@ -187,17 +186,17 @@ class Planner {
   // narrowest, which wait for arithmetic.
   void mix(std::vector<Block>& blocks) const {
     std::erase_if(blocks, [](const Block& block) { return block.empty(); });
-    const auto bits_per_tile = [&](const Block& block) {
-      std::int64_t bits = 0, pages = 0;
+    const auto bytes_per_page = [&](const Block& block) {
+      std::int64_t bytes = 0, pages = 0;
       for (const Piece& piece : block) {
         for (int page = piece.begin; page < piece.end; ++page) {
-          bits += class_of(page).key_bits + class_of(page).value_bits;
+          bytes += page_bytes(input_.head_dim, class_of(page));
         }
         pages += piece.end - piece.begin;
       }
-      return pages > 0 ? static_cast<double>(bits) / static_cast<double>(pages) : 0.0;
+      return pages > 0 ? static_cast<double>(bytes) / static_cast<double>(pages) : 0.0;
     };
-    std::ranges::stable_sort(blocks, std::greater(), bits_per_tile);
+    std::ranges::stable_sort(blocks, std::greater(), bytes_per_page);
     std::reverse(blocks.begin() + (blocks.size() + 1) / 2, blocks.end());
   }
 
@@ -212,7 +211,7 @@ class Planner {
       if (page < piece.end) {
         const PageEntry first = input_.pages[page];
         item.set = input_.set_base[piece.row] + first.set;
-        item.bits = class_of(page).key_bits | class_of(page).value_bits << 8;
+        item.bits = item_class_bits(class_of(page));
         bool full = true;
         while (page < piece.end && full && input_.pages[page].set == first.set &&
                input_.pages[page].cls == first.cls) {
@@ -271,6 +270,7 @@ class Planner {
           if (!first) {
             plan.items.emplace_back();
             plan.items[last].next = static_cast<std::int32_t>(at);
+            plan.items[last].next_set = item.n_pages > 0 ? item.set : -1;
           }
           item.next = -1;
           plan.items[at] = item;

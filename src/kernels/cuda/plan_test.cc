@@ -60,8 +60,7 @@ void check(const Lists& lists, const DecodePlan& plan) {
       for (int page = 0; page < item.n_pages; ++page) {
         const PageEntry& entry = lists.pages[item.first_page + page];
         ASSERT_EQ(item.set, lists.set_base[item.row] + entry.set);
-        ASSERT_EQ(item.bits & 0xff, lists.classes[entry.cls].key_bits);
-        ASSERT_EQ(item.bits >> 8 & 0xff, lists.classes[entry.cls].value_bits);
+        ASSERT_EQ(item.bits & 0xffff, item_class_bits(lists.classes[entry.cls]));
         ASSERT_TRUE(page >= kItemPages || item.pages[page].unit == entry.unit);
         ASSERT_TRUE(entry.tokens == kPageTokens || page + 1 == item.n_pages);
         n_tokens += entry.tokens;
@@ -115,7 +114,7 @@ std::vector<std::int64_t> costs(const PlanInput& input, const DecodePlan& plan) 
   for (int block = 0; block < plan.n_blocks; ++block) {
     for (int at = block; at >= 0; at = plan.items[at].next) {
       const std::uint32_t bits = plan.items[at].bits;
-      all[block] += (page_bytes(input.head_dim, bits & 0xff, bits >> 8 & 0xff) +
+      all[block] += (page_bytes(input.head_dim, item_class(bits)) +
                      kTilesPerPage * std::int64_t{input.tile_bytes}) *
                         plan.items[at].n_pages +
                     ((bits & kItemEndsPart) != 0 ? input.part_bytes : 0);
@@ -132,7 +131,7 @@ TEST(Plan, LongRowsInWholePieces) {
   EXPECT_EQ(plan.n_partials, 256);
   const std::vector<std::int64_t> all = costs(input, plan);
   const auto [low, high] = std::ranges::minmax_element(all);
-  EXPECT_LT(*high - *low, 4 * page_bytes(128, 4, 4) + 64 * 512);
+  EXPECT_LT(*high - *low, 4 * page_bytes(128, {4, 4}) + 64 * 512);
   // And of each class an equal share.
   for (int block = 0; block < plan.n_blocks; ++block) {
     const WorkItem& first = plan.items[block];

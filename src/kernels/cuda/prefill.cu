@@ -21,7 +21,7 @@ constexpr uint32_t kMinusInfinity = 0xfc00;  // fp16
 // Halves between the masks of two queries; + 8 spreads the rows of a load over the banks.
 constexpr int kMaskStride = kPageTokens + 8;
 
-// [query rows][keys][values][mask][flag]
+// [query rows][keys][values][mask][flag, the queries' order]
 struct PrefillShared {
   int keys, values, mask, flag, end;
 };
@@ -52,18 +52,29 @@ struct Tile {
   __device__ __forceinline__ int head(int row) const { return kv_head * group + row % group; }
 };
 
+// In the order of channels that keys have: `order` (8 bytes at a time), nullptr: as they come.
 template <int kHeadDim>
 __device__ __forceinline__ void load_queries(const PrefillParams& p, const Tile& tile,
-                                             uint4* rows) {
+                                             const uint8_t* order, uint4* rows, int thread) {
   constexpr int kUnits = kHeadDim / 8;
-  for (int n = threadIdx.x; n < kPrefillRows * kUnits; n += kPrefillThreads) {
+#pragma unroll 1  // the caller's sums are in registers
+  for (int n = thread; n < kPrefillRows * kUnits; n += kPrefillThreads) {
     const int row = n / kUnits, unit = n % kUnits;
     uint4 x = {0, 0, 0, 0};
     if (row < tile.n_rows) {
       const float* from = p.q + (tile.first_query + row / tile.group) * p.q_query_stride +
-                          tile.head(row) * p.q_head_stride + unit * 8;
-      const float4 low = *reinterpret_cast<const float4*>(from);
-      const float4 high = *reinterpret_cast<const float4*>(from + 4);
+                          tile.head(row) * p.q_head_stride;
+      float4 low, high;
+      if (order == nullptr) {
+        low = *reinterpret_cast<const float4*>(from + unit * 8);
+        high = *reinterpret_cast<const float4*>(from + unit * 8 + 4);
+      } else {
+        const uint2 at = __ldg(reinterpret_cast<const uint2*>(order + unit * 8));
+        low = {from[at.x & 0xff], from[at.x >> 8 & 0xff], from[at.x >> 16 & 0xff],
+               from[at.x >> 24]};
+        high = {from[at.y & 0xff], from[at.y >> 8 & 0xff], from[at.y >> 16 & 0xff],
+                from[at.y >> 24]};
+      }
       x = {ptx::pack_half2(low.x * p.scale, low.y * p.scale),
            ptx::pack_half2(low.z * p.scale, low.w * p.scale),
            ptx::pack_half2(high.x * p.scale, high.y * p.scale),
@@ -287,7 +298,6 @@ __global__ void __launch_bounds__(kPrefillThreads, prefill_blocks_per_sm(kHeadDi
   const int split = blockIdx.x % p.n_splits;
   const Tile tile(p, blockIdx.x / p.n_splits, blockIdx.y);
 
-  load_queries<kHeadDim>(p, tile, rows);
   Rows<kHeadDim> state(p, tile, warp, lane);
   const bool has_rows = warp * 16 < tile.n_rows;
 
@@ -298,6 +308,12 @@ __global__ void __launch_bounds__(kPrefillThreads, prefill_blocks_per_sm(kHeadDi
   const int begin = static_cast<int>(static_cast<int64_t>(n_units) * split / p.n_splits);
   const int end = static_cast<int>(static_cast<int64_t>(n_units) * (split + 1) / p.n_splits);
   const float* factors = p.value_factors + tile.kv_head * kHeadDim;
+  // The scale set whose order the queries have. In shared memory: no register is left for it.
+  constexpr int kNoQueries = -2, kAsTheyCome = -1;
+  int* const queries_for = reinterpret_cast<int*>(shared + at.flag) + 1;
+  if (threadIdx.x == 0) {
+    *queries_for = kNoQueries;
+  }
   for (int unit = begin; unit < end; ++unit) {
     const int own = ptx::opaque(lane);
     const bool is_page = unit < n_pages;
@@ -322,17 +338,26 @@ __global__ void __launch_bounds__(kPrefillThreads, prefill_blocks_per_sm(kHeadDi
     if (__syncthreads_or(any) == 0) {
       continue;
     }
+    const int64_t set = is_page ? __ldg(p.set_base + tile.kv_head) + entry.set : 0;
+    const bool has_order = is_page && p.classes[entry.cls].wide_chunks > 0;
+    const int wanted = has_order ? static_cast<int>(set) : kAsTheyCome;
+    if (*queries_for != wanted) {
+      load_queries<kHeadDim>(p, tile, has_order ? p.key_orders + set * kHeadDim : nullptr, rows,
+                             ptx::opaque(threadIdx.x));
+    }
     if (is_page) {
-      const HalfBits* set =
-          p.key_sets + int64_t{__ldg(p.set_base + tile.kv_head) + entry.set} * 2 * kHeadDim;
       expand_page<kHeadDim>(p.pool + static_cast<uint64_t>(entry.unit) * kTileAlignment,
-                            p.classes[entry.cls], set, keys, values, warp, kPrefillWarps, own);
+                            p.classes[entry.cls], p.key_sets + set * 2 * kHeadDim, keys, values,
+                            warp, kPrefillWarps, own);
     } else {
       const int64_t base = first_token * p.dense_token_stride + tile.kv_head * p.dense_head_stride;
       expand_rows<kHeadDim>(p.dense_k + base, p.dense_v + base, p.dense_token_stride, n_tokens,
                             keys, values, warp, kPrefillWarps, own);
     }
     __syncthreads();
+    if (threadIdx.x == 0) {
+      *queries_for = wanted;
+    }
     if (has_rows) {
       state.add(rows, keys, values, mask, p.softcap, warp * 16, kHeadDim == 256 ? own : lane);
     }

@@ -108,6 +108,7 @@ Outputs run_prefill(const PrefillCase& c, const PrefillData& data) {
       dense_v(data.dense_v), mask(data.mask);
   const DeviceArray<std::byte> pool(data.cache.pool);
   const DeviceArray<PageEntry> pages(data.cache.pages);
+  const DeviceArray<std::uint8_t> key_orders(data.cache.key_orders);
   const DeviceArray<std::int32_t> page_cells(data.page_cells), dense_cells(data.dense_cells),
       row_begin(data.cache.row_begin), set_base(data.cache.set_base);
   DeviceArray<float> out(data.q.size()), lse(std::size_t(c.n_queries) * d.n_heads());
@@ -135,6 +136,7 @@ Outputs run_prefill(const PrefillCase& c, const PrefillData& data) {
   p.row_begin = data.cache.pages.empty() ? nullptr : row_begin.data();
   p.set_base = set_base.data();
   p.key_sets = key_sets.data();
+  p.key_orders = key_orders.data();
   p.value_factors = value_factors.data();
   p.n_dense = c.n_dense;
   p.dense_k = dense_k.data();
@@ -256,6 +258,23 @@ TEST_F(PrefillTest, EveryPairOfWidths) {
         c.cache.seed = key_bits * 10 + value_bits;
         check(c);
       }
+    }
+  }
+}
+
+// Queries follow the order of every block's channels, and come back for the dense tokens.
+TEST_F(PrefillTest, WideChannels) {
+  for (const int head_dim : {64, 128, 256}) {
+    for (int chunks = 1; chunks < head_dim / kChunkChannels; ++chunks) {
+      SCOPED_TRACE(::testing::Message() << "head_dim " << head_dim << ", " << chunks << " chunks");
+      PrefillCase c = small(head_dim);
+      const auto wide = static_cast<std::uint8_t>(chunks);
+      c.cache.classes = {{4, 3}, {2, 3, wide, 4}, {2, 2, wide, 4}};
+      c.cache.class_tokens = {{70, 90, 130}};
+      c.cache.n_segments = 2;
+      c.cache.seed = chunks;
+      c.n_splits = chunks % 3 + 1;
+      check(c);
     }
   }
 }

@@ -147,7 +147,7 @@ __device__ __forceinline__ uint32_t take_ticket(uint32_t* counter) {
 
 // The shared memory that a launch asked for.
 __device__ __forceinline__ uint8_t* dynamic_shared() {
-  extern __shared__ __align__(128) uint8_t zipcache_shared[];
+  extern __shared__ __align__(1024) uint8_t zipcache_shared[];
   return zipcache_shared;
 }
 
@@ -201,7 +201,63 @@ __device__ __forceinline__ void bulk_copy(uint32_t to, const void* from, uint32_
 __device__ __forceinline__ void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
+
+// --- Products of four warps ----------------------------------------------------------------------
+
+// Columns as rows of 64 halves in shared memory, 128 bytes each, the first at a multiple of 1024:
+// the 16-byte unit u of row r is at u ^ (r % 8). Of `from`; + n: n units on, to another row or 16
+// channels. The other half of the descriptor says that 8 rows are 1024 bytes, swizzled over 128.
+__device__ __forceinline__ uint32_t swizzled_operand(const void* from) {
+  return (shared_address(from) & 0x3ffffu) >> 4 | 1u << 16;
+}
+
+// c = a * b, + c if `add`: a is 64 x 16, of which each warp has 16 rows as in mma_16x8x16, b is 16
+// channels of 32 columns: c[n] columns 8n to 8n + 7. All four warps call these, in this order:
+// begin(c), products, commit(), wait(c).
+__device__ __forceinline__ void warpgroup_mma(float (&c)[4][4], const uint32_t (&a)[4], uint32_t b,
+                                              bool add) {
+  asm volatile(
+      "{\n\t.reg .pred add;\n\t.reg .b64 b;\n\t"
+      "setp.ne.b32 add, %21, 0;\n\t"
+      "mov.b64 b, {%20, 0x40000040};\n\t"
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+      "{%16, %17, %18, %19}, b, add, 1, 1, 0;\n\t}"
+      : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]),
+        "+f"(c[1][2]), "+f"(c[1][3]), "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]),
+        "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(static_cast<int>(add)));
+}
+// The compiler keeps what uses c on its side of this.
+template <int kColumns>
+__device__ __forceinline__ void keep_in_order(float (&c)[kColumns][4]) {
+#pragma unroll
+  for (int n = 0; n < kColumns * 4; ++n) {
+    asm volatile("" : "+f"(c[n / 4][n % 4])::"memory");
+  }
+}
+template <int kColumns>
+__device__ __forceinline__ void warpgroup_begin(float (&c)[kColumns][4]) {
+  keep_in_order(c);
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void warpgroup_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+// Until at most `kPending` commits are under way: c is not of one of these.
+template <int kPending, int kColumns>
+__device__ __forceinline__ void warpgroup_wait(float (&c)[kColumns][4]) {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+  keep_in_order(c);
+}
 #endif
+
+// What this thread has written to shared memory becomes visible to products of four warps.
+__device__ __forceinline__ void fence_async_proxy() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
 
 // 16 bytes from global to shared memory, asynchronously.
 __device__ __forceinline__ void copy_16(uint32_t to, const void* from) {

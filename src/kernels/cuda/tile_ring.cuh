@@ -80,7 +80,7 @@ class TileRing {
       n_tiles_ = (static_cast<int>(head.z) * kTilesPerPage - warp_ + kWarps - 1) / kWarps;
       first_page_ = static_cast<int>(head.y);
       next_item_ = static_cast<int>(head.w);
-      tile_bytes_ = tile_bytes(kHeadDim, bits & 0xff, bits >> 8 & 0xff);
+      tile_bytes_ = tile_bytes(kHeadDim, item_class(bits));
       if (next_item_ >= 0) {
         ptx::prefetch(params.items + next_item_);
       }

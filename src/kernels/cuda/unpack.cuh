@@ -126,13 +126,13 @@ __device__ __forceinline__ void load_words(const uint8_t* plane, int lane, int f
 // --- A tile's scores and its share of the output -------------------------------------------------
 
 // s[block] += keys of a 16-token block x query operands, for both blocks of a tile. q is the lane's
-// column of [head_dim / 32][32 lanes]: the operands of two k-steps.
+// column of [head_dim / 32][32 lanes]: the operands of two k-steps. kHeadDim: of the matrix.
 template <int kHeadDim, int kBits>
 __device__ __forceinline__ void multiply_keys(const uint8_t* codes, int lane, const uint4* q,
                                               float (&s)[2][4]) {
   constexpr int kChunks = kHeadDim / 32;  // two k-steps each
-  constexpr int kHighWords = chunk_words(kHeadDim, 1);
-  uint32_t w[4], wide[4], high[kHighWords], even[4], odd[4];
+  constexpr int kHighWords = chunk_words(kHeadDim, 1), kLowWords = chunk_words(kHeadDim, 2);
+  uint32_t w[kBits <= 3 ? kLowWords : 4], wide[4], high[kHighWords], even[4], odd[4];
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
     const uint4 query = q[c * kWarpLanes];
@@ -142,7 +142,7 @@ __device__ __forceinline__ void multiply_keys(const uint8_t* codes, int lane, co
       }
     }
     if constexpr (kBits <= 3) {
-      if (c % 2 == 0) {
+      if (c * 2 % kLowWords == 0) {
         load_words<kHeadDim, 2>(codes, lane, c * 2, w);
       }
     } else if constexpr (kBits == 4) {
@@ -154,12 +154,12 @@ __device__ __forceinline__ void multiply_keys(const uint8_t* codes, int lane, co
 #pragma unroll
     for (int block = 0; block < 2; ++block) {
       if constexpr (kBits == 2) {
-        unpack_key_2(w[c % 2 * 2 + block], even, odd);
+        unpack_key_2(w[c * 2 % kLowWords + block], even, odd);
       } else if constexpr (kBits == 3) {
         const uint32_t h = high[c % kHighWords];
         uint32_t nibbles[2];
-        merge_planes(w[c % 2 * 2 + block], block == 0 ? h : h << 2, block == 0 ? h >> 1 : h << 1,
-                     nibbles);
+        merge_planes(w[c * 2 % kLowWords + block], block == 0 ? h : h << 2,
+                     block == 0 ? h >> 1 : h << 1, nibbles);
         unpack_key_nibbles<7>(nibbles[0], even);
         unpack_key_nibbles<7>(nibbles[1], odd);
       } else if constexpr (kBits == 4) {
@@ -171,6 +171,45 @@ __device__ __forceinline__ void multiply_keys(const uint8_t* codes, int lane, co
       }
       ptx::mma_16x8x16(s[block], even, query.x, query.y);
       ptx::mma_16x8x16(s[block], odd, query.z, query.w);
+    }
+  }
+}
+
+// The same of a page with `n_wide` chunks of wide channels: a matrix of its own for each chunk.
+template <int kHeadDim>
+__device__ __forceinline__ void multiply_wide_keys(const uint8_t* codes, int n_wide, int lane,
+                                                   const uint4* q, float (&s)[2][4]) {
+  constexpr int kChunks = kHeadDim / kChunkChannels;
+  constexpr int kWideBytes = tile_code_bytes(kChunkChannels, kWideBits);
+  constexpr int kOtherBytes = tile_code_bytes(kChunkChannels, kBitsBesideWide);
+  const auto multiply_wide = [&](int chunk) {
+    multiply_keys<kChunkChannels, kWideBits>(codes + chunk * kWideBytes, lane,
+                                             q + chunk * kWarpLanes, s);
+  };
+  const auto multiply_other = [&](int chunk, int of_wide) {
+    multiply_keys<kChunkChannels, kBitsBesideWide>(
+        codes + of_wide * kWideBytes + (chunk - of_wide) * kOtherBytes, lane,
+        q + chunk * kWarpLanes, s);
+  };
+  if (n_wide == kChunks / 2) {  // the default: no loops
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks / 2; ++chunk) {
+      multiply_wide(chunk);
+    }
+#pragma unroll
+    for (int chunk = kChunks / 2; chunk < kChunks; ++chunk) {
+      multiply_other(chunk, kChunks / 2);
+    }
+    return;
+  }
+  if constexpr (kChunks > 2) {  // of 2 chunks, one is wide
+#pragma unroll 1
+    for (int chunk = 0; chunk < n_wide; ++chunk) {
+      multiply_wide(chunk);
+    }
+#pragma unroll 1
+    for (int chunk = n_wide; chunk < kChunks; ++chunk) {
+      multiply_other(chunk, n_wide);
     }
   }
 }

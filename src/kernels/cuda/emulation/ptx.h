@@ -74,6 +74,37 @@ inline void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint
   }
 }
 
+inline uint8_t* dynamic_shared() { return emulation::shared_memory(); }
+inline uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(static_cast<const uint8_t*>(p) - emulation::shared_memory());
+}
+
+// Each warp by itself, in columns of 8.
+inline uint32_t swizzled_operand(const void* from) { return shared_address(from) / 16; }
+template <int kColumns>
+void warpgroup_mma(float (&c)[kColumns][4], const uint32_t (&a)[4], uint32_t b, bool add) {
+  const int lane = threadIdx.x % 32, g = lane / 4, i = lane % 4;
+  const uint32_t first_row = b / 64 * 1024, within = b * 16 - first_row;  // bytes
+  const auto word = [&](int row, uint32_t byte) {
+    const uint32_t unit = (byte / 16) ^ (row % 8);
+    uint32_t pair;
+    std::memcpy(&pair, internal::at(first_row + row * 128 + unit * 16 + byte % 16), sizeof(pair));
+    return pair;
+  };
+  for (int n = 0; n < kColumns; ++n) {
+    for (float& sum : c[n]) {
+      sum = add ? sum : 0;
+    }
+    mma_16x8x16(c[n], a, word(n * 8 + g, within + 4 * i), word(n * 8 + g, within + 16 + 4 * i));
+  }
+}
+template <typename Sums>
+void warpgroup_begin(Sums&) {}
+inline void warpgroup_commit() {}
+template <int kPending, typename Sums>
+void warpgroup_wait(Sums&) {}
+inline void fence_async_proxy() {}
+
 inline uint32_t transpose_8x8(uint32_t pair) {
   const std::byte* all = emulation::exchange(emulation::Operation::kTranspose, &pair, sizeof(pair));
   const int lane = threadIdx.x % 32, g = lane / 4, i = lane % 4;
@@ -106,11 +137,6 @@ inline uint32_t sub_half2(uint32_t x, uint32_t y) {
 }
 inline uint4 load_16(const void* from) { return *static_cast<const uint4*>(from); }
 inline uint4 load_shared_16(const void* from) { return *static_cast<const uint4*>(from); }
-
-inline uint8_t* dynamic_shared() { return emulation::shared_memory(); }
-inline uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(static_cast<const uint8_t*>(p) - emulation::shared_memory());
-}
 
 inline void barrier_init(uint32_t barrier, uint32_t arrivals) {
   const auto n = static_cast<uint8_t>(arrivals);
