@@ -15,6 +15,8 @@ import tempfile
 import unittest
 from pathlib import Path
 
+import tiny_gguf
+
 OPTIONS = None  # the parsed command line
 SECONDS = 600
 SKIPPED = 77
@@ -112,6 +114,13 @@ class Perplexity(EvalTest):
         self.assertEqual(sum(v for k, v in records[3]["bytes"].items() if k != "total"),
                          records[3]["bytes"]["total"])
 
+    def test_rest_of_a_text(self):
+        whole, rest = (self.results(*self.ppl("--chunks", chunks, *skip, "q8_0"))
+                       for chunks, skip in ((0, []), (0, ["--skip-percent", 50])))
+        self.assertLess(rest[1]["n_tokens"], whole[1]["n_tokens"])
+        self.assertGreaterEqual(2 * rest[1]["n_tokens"] + WINDOW, whole[1]["n_tokens"])
+        self.assertNotEqual(rest[0]["ppl"], whole[0]["ppl"])
+
     def test_token_by_token(self):
         at_once, alone = (self.results(*self.ppl("--chunks", 1, "--style", style, "policy=fp16",
                                                  "mode=paper"))
@@ -192,6 +201,122 @@ class Tasks(EvalTest):
         self.assertLessEqual(records[1]["first_difference"], 8)
 
 
+class Calibrated(EvalTest):
+    """Policies that take what a text showed of the model's channels."""
+
+    WINDOW_POLICY = ",sinks=0,hold=0,seal=32,calibration="
+
+    def calibrate(self, name="calibration.json", data=None, tokens=256, n_ctx=128):
+        path = self.folder / name
+        return path, run(OPTIONS.zipcache, "calibrate", "-m", OPTIONS.model, "-t", 1, "--data",
+                         data or self.text, "--tokens", tokens, "-c", n_ctx, "-ub", 64, "-o", path)
+
+    def calibrated(self, name="calibration.json", tokens=256):
+        path, done = self.calibrate(name, tokens=tokens)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        return path
+
+    def test_file(self):
+        path = self.calibrated()
+        made = json.loads(path.read_text())
+        self.assertEqual([made[key] for key in ("format", "version", "model", "text", "n_tokens")],
+                         ["zipcache calibration", 1, OPTIONS.model.name, "text.txt", 256])
+        self.assertRegex(made["model_fingerprint"], f"^{OPTIONS.model.stat().st_size}:")
+        self.assertEqual([layer["layer"] for layer in made["layers"]], list(range(30)))
+        for layer in made["layers"]:
+            self.assertEqual([layer[key] for key in ("n_kv_heads", "key_dim", "value_dim")],
+                             [3, 64, 64])
+            for figure in ("key_min", "key_max", "query_max", "value_min", "value_max"):
+                self.assertEqual(len(layer[figure]), 192)
+            self.assertLess(max(layer["key_min"]), 0.5 * max(layer["key_max"]))
+            self.assertGreater(min(layer["query_max"]), 0)
+        self.assertEqual(self.calibrated("again.json").read_bytes(), path.read_bytes())
+        # More of the same text only widens what was seen.
+        more = json.loads(self.calibrated("more.json", tokens=512).read_text())
+        self.assertEqual(more["n_tokens"], 512)
+        for before, after in zip(made["layers"], more["layers"]):
+            for figure in ("key_max", "query_max", "value_max"):
+                self.assertTrue(all(a <= b for a, b in zip(before[figure], after[figure])))
+
+    def test_policies(self):
+        path = self.calibrated()
+        flat = json.loads(path.read_text())
+        for layer in flat["layers"]:
+            for figure, value in (("key_min", -1), ("key_max", 1), ("query_max", 1),
+                                  ("value_min", -1), ("value_max", 1)):
+                layer[figure] = [value] * len(layer[figure])
+        flat_path = self.write("flat.json", json.dumps(flat))
+        policies = [f"policy={name}{self.WINDOW_POLICY}{file}"
+                    for name in ("static,key-bits=3", "skvq,key-bits=3,value-bits=3")
+                    for file in (path, flat_path)]
+        records = self.results(*self.ppl("--chunks", 2, *policies, n_ctx=128))
+        static, static_flat, skvq, skvq_flat = records[1:]
+        for ours, alike in ((static, static_flat), (skvq, skvq_flat)):
+            self.assertEqual(ours["bytes"], alike["bytes"])  # what is given takes no less
+            self.assertLess(ours["kld_mean"], 0.9 * alike["kld_mean"])
+            self.assertLess(ours["bits_per_element"], 6)
+            self.assertLess(ours["kld_mean"], 0.5)
+
+    def test_ratio_needs_no_file_and_counts_what_a_run_holds(self):
+        path = self.calibrated()
+        for policy in ("static", "skvq"):
+            done = run(OPTIONS.zipcache, "run", "-m", OPTIONS.model, "-t", 1, "--raw", "--file",
+                       self.text, "--max-prompt-tokens", 300, "-n", 1, "-b", 128, "-ub", 128,
+                       "--json", self.folder / "run.json", ZIPCACHE_POLICY=policy,
+                       ZIPCACHE_CALIBRATION=str(path))
+            self.assertEqual(done.returncode, 0, done.stderr)
+            held = json.loads((self.folder / "run.json").read_text())
+            done = run(OPTIONS.zipcache, "ratio", "-m", OPTIONS.model, "--tokens",
+                       held["n_prompt"], "-ub", 128, f"policy={policy}", "--json",
+                       self.folder / "ratio.json")
+            self.assertEqual(done.returncode, 0, done.stderr)
+            counted = json.loads((self.folder / "ratio.json").read_text())["rows"][0]
+            self.assertEqual(counted["bytes"], held["bytes"])
+
+    def test_another_file_is_another_run(self):
+        path, out = self.calibrated(), self.folder / "run"
+        command = self.ppl("--chunks", 1, f"policy=static,calibration={path}", "--out", out)
+        self.assertEqual(self.evaluate(*command).returncode, 0)
+        self.calibrated(tokens=512)
+        self.assert_one_line(self.evaluate(*command), "files was", "calibration.json")
+
+    def test_errors(self):
+        path = self.calibrated()
+        remedy = "zipcache calibrate -m MODEL -o FILE"
+        self.assert_one_line(self.evaluate("policy=static"), "calibration: missing", remedy)
+        self.assert_one_line(self.evaluate("policy=skvq,calibration=absent.json"), "absent.json",
+                             remedy)
+        self.assert_one_line(self.evaluate(f"key-bits=4,calibration={path}"), "does not apply")
+        self.assert_one_line(self.evaluate("policy=static", ZIPCACHE_CALIBRATION=str(path)),
+                             "ZIPCACHE_CALIBRATION is set")
+        text = path.read_text()
+        for changed, words in ((text[:1000], "no calibration of zipcache"),
+                               (text.replace('"version":1', '"version":2'), "found version 2"),
+                               (text.replace('"key_min":[', '"key_min":[0,'), "193 figures"),
+                               (text.replace('"layer":7,', '"layer":77,'), "layer 8 after layer 77"),
+                               (text.replace('"key_dim":64', '"key_dim":65', 1), "of 65 channels")):
+            bad = self.write("bad.json", changed)
+            self.assert_one_line(self.evaluate(f"policy=skvq,calibration={bad}"), bad, words, remedy)
+
+    def test_a_file_of_another_model(self):
+        path, model = self.calibrated(), self.folder / "other.gguf"
+        tiny_gguf.llama(model, head_dim=32)
+        for policy in ("static", "skvq"):
+            done = run(OPTIONS.zipcache, "run", "-m", model, "-t", 1, "-p", "a", "-n", 1,
+                       "--policy", policy, "--calibration", path)
+            self.assertEqual(done.returncode, 1)
+            self.assertRegex(done.stderr.splitlines()[-1],
+                             "layer 0 has .* of 32 .*, but the calibration says 3 KV heads of 64 .*"
+                             "another model's; make one of this with zipcache calibrate")
+
+    def test_calibrate_errors(self):
+        self.assert_one_line(self.calibrate("absent/c.json")[1], "absent/c.json")
+        self.assert_one_line(self.calibrate(data="absent.txt")[1], "absent.txt")
+        self.assert_one_line(self.calibrate(n_ctx=100000, tokens=100000)[1], self.text,
+                             "tokens")
+        self.assert_one_line(self.calibrate(tokens=1)[1], "--tokens", code=2)
+
+
 class Errors(EvalTest):
     def test_one_clear_line(self):
         self.assert_one_line(self.evaluate("--task", "riddle"), "riddle", "known: ppl, lines")
@@ -204,6 +329,7 @@ class Errors(EvalTest):
         self.assert_one_line(self.evaluate(*self.ppl(n_ctx=2)), "at least")
         self.assert_one_line(self.evaluate("--task", "lines", "--lines", 100, "-c", 64), "64")
         self.assert_one_line(self.evaluate("--task", "lines", "--style", "decode"), "--style")
+        self.assert_one_line(self.evaluate("--task", "lines", "--skip-percent", 50), "--skip")
         self.assert_one_line(self.evaluate(*self.ppl(), ZIPCACHE_KEY_BITS="4"), "ZIPCACHE_KEY_BITS")
         self.assert_one_line(self.evaluate(*self.ppl("--out", self.text)), self.text)
 

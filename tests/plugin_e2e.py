@@ -124,6 +124,9 @@ class RefusalTest(unittest.TestCase):
     def test_impossible_setting(self):
         self.refused("key-bits.*5", key_bits="5")
 
+    def test_no_calibration(self):
+        self.refused("calibration: missing, .* make it with: zipcache calibrate", policy="static")
+
     def test_other_ggml_version(self):
         if OPTIONS.other_ggml is None:
             self.skipTest("no --other-ggml")

@@ -82,6 +82,29 @@ class Claims(unittest.TestCase):
                          "**not reproduced**")
 
 
+    def test_cost_of_saliency(self):
+        for shares, expected in (((0.004, 0.02), "**reproduced**"),
+                                 ((0.004, 0.04), "**not reproduced**")):
+            records = [{"prefill_policy_share": share} for share in shares]
+            verdicts = self.judge(claims.PAPER, policy_share=[{"bench": "model"}, *records])
+            self.assertEqual(verdicts["C11"], expected)
+        self.assertEqual(self.judge(claims.PAPER, policy_share=[{"bench": "model"}])["C11"],
+                         "**not measured yet**")
+
+    def test_memory_beside_mikv(self):
+        def records(paper, length=4096):
+            return [{"task": "ratio", "policy": policy, "n_tokens": length,
+                     "bytes": {"total": total}}
+                    for policy, total in (("mode=paper", paper), ("default", 50),
+                                          ("policy=mikv", 100))]
+
+        for ratio, expected in ((records(80), "**reproduced**"),
+                                (records(81), "**not reproduced**"),
+                                (records(80, 2048), "**not measured yet**")):
+            rows = claims.judge([c for c in claims.PAPER if c[0] == "C12"], lambda _: ratio)
+            self.assertEqual(rows[0][2], expected)
+
+
 class Page(unittest.TestCase):
     def test_docs_are_current(self):
         done = subprocess.run([ROOT / "eval" / "update_docs.py", "--check"], capture_output=True,

@@ -44,14 +44,27 @@ double operations(const AttentionShape& shape, std::uint32_t n_kv, std::uint32_t
 
 class OpBench {
  public:
-  OpBench(const OpOptions& options, const kernels::KernelTable* kernels,
-          std::shared_ptr<const policy::Policy> policy, const Records& records)
-      : options_(options), kernels_(kernels), policy_(std::move(policy)), records_(records) {
+  OpBench(const OpOptions& options, const kernels::KernelTable* kernels, const Records& records)
+      : options_(options), kernels_(kernels), records_(records) {
     for (const std::uint32_t n_threads : options.threads) {
       peaks_.emplace(n_threads, measure_peaks(kernels->isa, n_threads));
     }
   }
 
+  // For the points that follow. Time depends on shapes alone, so in place of a calibration one
+  // stands that says nothing.
+  Status choose_policy(const AttentionShape& shape) {
+    const policy::Calibration flat =
+        policy::flat_calibration(shape.n_kv_heads, shape.head_dim, shape.head_dim);
+    Expected<policy::Policy> policy = policy::make_policy(options_.settings, &flat);
+    if (!policy) {
+      return policy.error();
+    }
+    policy_ = std::make_shared<const policy::Policy>(std::move(*policy));
+    return ok_status();
+  }
+
+  // REQUIRES: the policy is chosen for this shape.
   Status measure(const AttentionShape& shape, std::uint32_t n_kv, std::uint32_t n_query) {
     const RandomRows rows(kSeed);
     CacheAttention ours(shape, policy_, kernels_, n_kv, n_query, rows);
@@ -152,7 +165,7 @@ class OpBench {
 
   const OpOptions& options_;
   const kernels::KernelTable* kernels_;
-  const std::shared_ptr<const policy::Policy> policy_;
+  std::shared_ptr<const policy::Policy> policy_;
   std::map<std::uint32_t, Peaks> peaks_;
   const Records& records_;
 };
@@ -164,12 +177,11 @@ Status bench_op(const OpOptions& options, const Records& records) {
   if (!kernels) {
     return kernels.error();
   }
-  const Expected<policy::Policy> policy = policy::make_policy(options.settings);
-  if (!policy) {
-    return policy.error();
-  }
-  OpBench bench(options, *kernels, std::make_shared<const policy::Policy>(*policy), records);
+  OpBench bench(options, *kernels, records);
   for (const AttentionShape& shape : options.shapes) {
+    if (Status chosen = bench.choose_policy(shape); !chosen) {
+      return chosen;
+    }
     for (const std::uint32_t n_query : options.n_query) {
       for (const std::uint32_t n_kv : options.n_kv) {
         if (n_query > n_kv) {

@@ -36,6 +36,10 @@ Status LayerCache::set_heads(std::uint32_t n_kv_heads, std::uint32_t key_dim,
     return unsupported("the number of KV heads of a layer changed from " +
                        std::to_string(n_kv_heads_) + " to " + std::to_string(n_kv_heads));
   }
+  if (Status served = policy::serves_layer(*policy_, shape_.layer, n_kv_heads, key_dim, value_dim);
+      !served) {
+    return served;
+  }
   if (policy_->seals() && !format::BlockLayout::is_valid(policy::block_shape(
                               *policy_, kPageTokens, n_kv_heads, key_dim, value_dim))) {
     return unsupported("head_dim " + std::to_string(key_dim) +

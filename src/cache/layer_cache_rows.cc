@@ -191,7 +191,8 @@ void LayerCache::rotate_keys(const Rotate& rotate) {
       }
       keys = decode(id, Tensor::kKey);
       if (rotate(cells, keys.data())) {
-        quant::replace_keys(*block->layout, policy_->quant_rules(), keys, block->bytes.data());
+        quant::replace_keys(*block->layout, policy_->quant_rules(shape_.layer), keys,
+                            block->bytes.data());
       }
     }
   }

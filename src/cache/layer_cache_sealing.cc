@@ -47,8 +47,10 @@ Status LayerCache::seal(std::span<const Slot> slots, const SealAs& as,
       }
     }
     read_staged(slots, order, keys.get(), values.get(), team);
-    quant::QuantRules rules = policy_->quant_rules();
-    rules.key.given_factors = as.key_factors;
+    quant::QuantRules rules = policy_->quant_rules(shape_.layer);
+    if (!as.key_factors.empty()) {
+      rules.key.given_factors = as.key_factors;
+    }
     rules.key.channel_weights = as.key_weights;
     quant::encode_block(*block->layout, rules, {keys.get(), n_keys}, {values.get(), n_values},
                         sorted_tiers, block->bytes.data(), team);
@@ -89,8 +91,9 @@ Status LayerCache::seal_values(std::uint32_t segment, const format::TensorFormat
       return over_budget(*budget_, layout->total_bytes());
     }
     AlignedVector<std::byte> bytes(layout->total_bytes());
-    quant::replace_values(*block.layout, block.bytes.data(), *layout, policy_->value.rules,
-                          decode(segment, Tensor::kValue), bytes.data());
+    quant::replace_values(*block.layout, block.bytes.data(), *layout,
+                          policy_->quant_rules(shape_.layer).value, decode(segment, Tensor::kValue),
+                          bytes.data());
     budget_->release(block.bytes.size());
     block.bytes = std::move(bytes);
     block.layout = layout;

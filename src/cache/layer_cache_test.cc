@@ -4,6 +4,8 @@
 
 #include <gtest/gtest.h>
 
+#include <cstring>
+
 #include "cache/test_engine.h"
 
 namespace zipcache::cache {
@@ -49,6 +51,8 @@ const std::vector<Case>& cases() {
       {"gear_l_2bit",
        {{"policy", "gear-l"}, {"key-bits", "2"}, {"value-bits", "2"}, {"group", "32"}},
        4e-3},
+      {"static", {{"policy", "static"}}, 4e-3},
+      {"skvq", {{"policy", "skvq"}, {"hold", "8"}, {"seal", "32"}}, 4e-3},
       {"roco", {{"metric", "roco"}, {"seal", "32"}}, 3e-3},
       {"last_token", {{"metric", "last-token"}, {"seal", "32"}}, 3e-3},
   };
@@ -265,6 +269,67 @@ TEST(LayerCache, KiviQuantizesKeysByTheResidualAndValuesBehindIt) {
   EXPECT_LE(engine.budget().used(), engine.cache().bytes().total());
   engine.cache().clear();
   EXPECT_EQ(engine.budget().used(), 0u);
+}
+
+// The only block of a cache, which has two heads of 32 channels.
+const SealedBlock& only_block(LayerCache& cache) {
+  const SealedBlock* found = nullptr;
+  for (const Segment& segment : cache.segments()) {
+    if (segment.block != nullptr) {
+      EXPECT_EQ(found, nullptr);
+      found = segment.block.get();
+    }
+  }
+  ZC_CHECK(found != nullptr);
+  return *found;
+}
+
+TEST(LayerCache, BlocksHaveTheFactorsOfTheCalibration) {
+  TestEngine engine({}, {{"policy", "static"}}, best(), 1, 7);
+  engine.step({{0, 50}}, false);
+  const SealedBlock& block = only_block(engine.cache());
+  const policy::LayerChannels& given = engine.policy().given.at(TestEngine::kLayer);
+  for (const Tensor tensor : {Tensor::kKey, Tensor::kValue}) {
+    const auto& factors = tensor == Tensor::kKey ? given.key_factors : given.value_factors;
+    for (std::uint32_t head = 0; head < 2; ++head) {
+      Half stored[32];
+      std::memcpy(stored, block.bytes.data() + block.layout->channel_factor(tensor, head, 0),
+                  sizeof stored);
+      for (std::uint32_t c = 0; c < 32; ++c) {
+        EXPECT_EQ(half_to_float(stored[c]), round_to_half(factors[head * 32 + c])) << c;
+      }
+    }
+  }
+}
+
+TEST(LayerCache, BlocksHaveTheOrdersOfTheCalibration) {
+  TestEngine engine({}, {{"policy", "skvq"}, {"hold", "0"}}, best(), 1, 7);
+  engine.step({{0, 150}}, false);
+  const SealedBlock& block = only_block(engine.cache());
+  const policy::LayerChannels& given = engine.policy().given.at(TestEngine::kLayer);
+  EXPECT_NE(given.key_order, given.value_order);
+  for (const Tensor tensor : {Tensor::kKey, Tensor::kValue}) {
+    const auto& order = tensor == Tensor::kKey ? given.key_order : given.value_order;
+    for (std::uint32_t head = 0; head < 2; ++head) {
+      std::vector<std::uint16_t> stored(32);
+      format::channel_order(*block.layout, block.bytes.data(), tensor, head, stored.data());
+      EXPECT_TRUE(std::equal(stored.begin(), stored.end(), order.begin() + head * 32));
+    }
+  }
+}
+
+TEST(LayerCache, ACalibrationOfOtherLayersIsRefused) {
+  const policy::Calibration flat = policy::flat_calibration(2, 32, 32);
+  for (const char* name : {"static", "skvq"}) {
+    const auto policy =
+        std::make_shared<policy::Policy>(policy::make_policy({{"policy", name}}, &flat).value());
+    LayerCache same({0, 64, 64, 64}, policy, std::make_shared<Budget>());
+    EXPECT_TRUE(same.set_heads(2, 32, 32));
+    LayerCache other({1, 64, 64, 64}, policy, std::make_shared<Budget>());
+    EXPECT_EQ(other.set_heads(2, 32, 32).error().code, ErrorCode::kUnsupported);
+    LayerCache split({0, 64, 64, 64}, policy, std::make_shared<Budget>());
+    EXPECT_EQ(split.set_heads(4, 16, 16).error().code, ErrorCode::kUnsupported);
+  }
 }
 
 TEST(LayerCache, RollbackOfOneTokenEachStepKeepsStagingSmall) {

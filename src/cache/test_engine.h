@@ -37,10 +37,12 @@ class TestEngine {
     double largest_value = 0;     // of V: the scale of errors
   };
 
+  static constexpr std::uint32_t kLayer = 3;
+
   TestEngine(const TestDims& dims, const std::map<std::string, std::string>& settings,
              const kernels::KernelTable* kernels, std::uint32_t n_threads, std::uint64_t seed)
       : dims_(dims),
-        policy_(std::make_shared<policy::Policy>(policy::make_policy(settings).value())),
+        policy_(std::make_shared<policy::Policy>(make_policy(settings))),
         budget_(std::make_shared<Budget>()),
         attention_(kernels),
         n_threads_(n_threads),
@@ -61,7 +63,7 @@ class TestEngine {
 
   std::unique_ptr<LayerCache> make_cache() {
     auto cache = std::make_unique<LayerCache>(
-        LayerCache::Shape{3, dims_.n_cells, dims_.n_kv_heads * dims_.key_dim,
+        LayerCache::Shape{kLayer, dims_.n_cells, dims_.n_kv_heads * dims_.key_dim,
                           dims_.n_kv_heads * dims_.value_dim},
         policy_, budget_);
     cache->set_heads(dims_.n_kv_heads, dims_.key_dim, dims_.value_dim).value();
@@ -119,6 +121,21 @@ class TestEngine {
   }
 
  private:
+  // Some policies need a calibration: here of channels that are not alike.
+  policy::Policy make_policy(const std::map<std::string, std::string>& settings) const {
+    policy::Calibration calibration =
+        policy::flat_calibration(dims_.n_kv_heads, dims_.key_dim, dims_.value_dim);
+    policy::LayerCalibration& layer = calibration.layers.front();
+    layer.layer = kLayer;
+    for (std::vector<float>* high : {&layer.key_max, &layer.query_max, &layer.value_max}) {
+      for (std::size_t c = 0; c < high->size(); ++c) {
+        const std::size_t step = high == &layer.value_max ? 5 : 7;
+        (*high)[c] = 0.5f + static_cast<float>(c * step % 13);
+      }
+    }
+    return policy::make_policy(settings, &calibration).value();
+  }
+
   // The same where each KV head sees only the tokens that it did not evict.
   ref::AttentionResult attention_of_heads(const ref::AttentionCase& c) const {
     ref::AttentionResult all;

@@ -42,6 +42,14 @@ Expected<CacheReport> parse_report(const std::string& json) {
   }
 }
 
+Expected<policy::Calibration> parse_calibration_report(const std::string& json) {
+  try {
+    return policy::parse_calibration(nlohmann::json::parse(json).at("calibration").dump());
+  } catch (const nlohmann::json::exception& error) {
+    return corrupt(std::string("the plug-in's report is not understood: ") + error.what());
+  }
+}
+
 CacheReport plain_report(std::size_t fp16_bytes, std::uint64_t live_tokens) {
   return {.policy = "llama.cpp's own FP16 cache",
           .isa = {},

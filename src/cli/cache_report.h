@@ -6,6 +6,7 @@
 #include <string>
 
 #include "base/expected.h"
+#include "policy/calibration.h"
 
 namespace zipcache::cli {
 
@@ -32,6 +33,8 @@ struct CacheReport {
 
 // From the plug-in's JSON.
 Expected<CacheReport> parse_report(const std::string& json);
+// What an observed cache saw of the model's channels. kCorrupt if it was not observed.
+Expected<policy::Calibration> parse_calibration_report(const std::string& json);
 // llama.cpp's own FP16 cache.
 CacheReport plain_report(std::size_t fp16_bytes, std::uint64_t live_tokens);
 

@@ -50,6 +50,9 @@ Status check(const EvalOptions& options) {
     return invalid_argument(
         fmt::format("a window takes at least {} tokens (-c)", kMinWindowTokens));
   }
+  if (!is_ppl(options) && options.skip_percent != 0) {
+    return invalid_argument("--skip-percent is for --task ppl; other tasks have no windows");
+  }
   return check_environment();
 }
 
@@ -57,6 +60,9 @@ std::string options_text(const EvalOptions& options) {
   std::string text = fmt::format("-ub {} --items {}", options.n_ubatch, options.task.max_items);
   if (is_ppl(options)) {
     text += options.style == ReadingStyle::kDecode ? " --style decode" : " --style prompt";
+  }
+  if (options.skip_percent != 0) {
+    text += fmt::format(" --skip-percent {}", options.skip_percent);
   }
   if (options.task.name == "lines") {
     text += fmt::format(" --lines {} --seed {}", options.task.n_lines, options.task.seed);
@@ -77,7 +83,8 @@ std::string options_text(const EvalOptions& options) {
 }
 
 // The files that a run depends on, found and fingerprinted: {name: "size:hash"}.
-Expected<Json> fingerprints(const EvalOptions& options, const EvalCaches& caches) {
+Expected<Json> fingerprints(const EvalOptions& options, const EvalCaches& caches,
+                            std::span<const eval::PolicySpec> policies) {
   std::vector<std::string> files = options.task.files;
   const std::vector<std::string> own = eval::default_files(options.task.name, options.task.is_chat);
   if (files.empty()) {
@@ -102,6 +109,13 @@ Expected<Json> fingerprints(const EvalOptions& options, const EvalCaches& caches
     }
     if (Status added = add(*path); !added) {
       return added.error();
+    }
+  }
+  for (const eval::PolicySpec& policy : policies) {
+    if (const auto file = policy.settings.find("calibration"); file != policy.settings.end()) {
+      if (Status added = add(file->second); !added) {
+        return added.error();
+      }
     }
   }
   if (Status added = add(options.model_path); !added) {
@@ -218,7 +232,8 @@ Expected<std::vector<eval::Window>> read_windows(const EvalOptions& options, con
     const std::vector<llama_token> rest = model.tokenize_text(*text);
     tokens.insert(tokens.end(), rest.begin(), rest.end());
     Expected<std::vector<eval::Window>> cut =
-        eval::cut_windows(tokens, options.n_ctx, options.task.max_items, model.bos());
+        eval::cut_windows(eval::skip_windows(tokens, options.n_ctx, options.skip_percent),
+                          options.n_ctx, options.task.max_items, model.bos());
     if (!cut) {
       return invalid_argument(*path + ": " + cut.error().message);
     }
@@ -324,7 +339,7 @@ Expected<RunEnd> evaluate(EvalOptions options) {
     }
     task = std::move(*made);
   }
-  const Expected<Json> files = fingerprints(options, *caches);
+  const Expected<Json> files = fingerprints(options, *caches, *policies);
   if (!files) {
     return files.error();
   }

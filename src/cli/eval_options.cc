@@ -43,6 +43,11 @@ void add_what(CLI::App& command, EvalOptions& options) {
       .add_option("--items,--chunks", options.task.max_items,
                   "windows or prompts, of each file (default 0: all; lines 100, agreement 32)")
       ->type_name("N");
+  command
+      .add_option("--skip-percent", options.skip_percent,
+                  "ppl: leave out this share of each text, from its beginning (default 0)")
+      ->type_name("N")
+      ->check(CLI::Range(0, 99).description(""));
 }
 
 void add_task_options(CLI::App& command, EvalOptions& options) {

@@ -27,6 +27,7 @@ struct EvalOptions {
 
   std::uint32_t n_ctx = 0;  // 0 = 2048 for ppl, else as many tokens as needed
   std::uint32_t n_ubatch = 256;
+  std::uint32_t skip_percent = 0;  // ppl: of a text's windows, left out at its beginning
   std::int32_t n_threads = 0;
   ReadingStyle style = ReadingStyle::kPrompt;
   std::string chat_template;

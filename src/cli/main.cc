@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "bench/bench_command.h"
+#include "cli/calibrate_command.h"
 #include "cli/eval_command.h"
 #include "cli/eval_options.h"
 #include "cli/ratio_command.h"
@@ -68,6 +69,10 @@ int dispatch(int argc, char** argv) {
   CLI::App* eval_app =
       app.add_subcommand("eval", "Measure what caches do to predictions and answers");
   add_eval_options(*eval_app, eval_options);
+  CalibrateOptions calibrate_options;
+  CLI::App* calibrate_app = app.add_subcommand(
+      "calibrate", "Find out about a model's channels, for the policies that ask for it");
+  add_calibrate_options(*calibrate_app, calibrate_options);
   RatioOptions ratio_options;
   CLI::App* ratio_app = app.add_subcommand("ratio", "How much smaller a cache is, by its shape");
   add_ratio_options(*ratio_app, ratio_options);
@@ -101,7 +106,9 @@ int dispatch(int argc, char** argv) {
     const Status printed = print_ratios(ratio_options);
     return printed ? kOk : fail(kFailed, printed.error().message);
   }
-  const Expected<RunEnd> end = eval_app->parsed() ? evaluate(eval_options) : run(run_options);
+  const Expected<RunEnd> end = eval_app->parsed()        ? evaluate(eval_options)
+                               : calibrate_app->parsed() ? calibrate(calibrate_options)
+                                                         : run(run_options);
   if (!end) {
     return fail(kFailed, end.error().message);
   }

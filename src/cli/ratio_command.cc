@@ -33,31 +33,51 @@ struct PolicyRows {
   std::vector<Row> rows;
 };
 
-Expected<Row> make_row(const std::shared_ptr<const policy::Policy>& policy,
-                       const std::vector<LayerGroup>& shape, std::uint32_t n_tokens,
-                       std::uint32_t tokens_per_step) {
-  const double bits = eval::mean_code_bits(*policy);
+// One for each group of layers.
+using Policies = std::vector<std::shared_ptr<const policy::Policy>>;
+
+// Sizes depend on shapes alone, so in place of a calibration one stands that says nothing.
+Expected<Policies> make_policies(const eval::PolicySpec& spec,
+                                 const std::vector<LayerGroup>& shape) {
+  Policies policies;
+  for (const LayerGroup& group : shape) {
+    const policy::Calibration flat =
+        policy::flat_calibration(group.dims.n_kv_heads, group.dims.key_dim, group.dims.value_dim);
+    Expected<policy::Policy> made = policy::make_policy(spec.settings, &flat);
+    if (!made) {
+      return made.error();
+    }
+    policies.push_back(std::make_shared<const policy::Policy>(std::move(*made)));
+  }
+  return policies;
+}
+
+Expected<Row> make_row(const Policies& policies, const std::vector<LayerGroup>& shape,
+                       std::uint32_t n_tokens, std::uint32_t tokens_per_step) {
+  const policy::Policy& policy = *policies.front();
+  const double bits = eval::mean_code_bits(policy);
   Row row{.n_tokens = n_tokens, .reported = eval::reported_ratio(n_tokens, bits), .bytes = {}};
   double fp16 = 0, counted = 0;  // by formula
-  for (const LayerGroup& group : shape) {
+  for (std::size_t i = 0; i < shape.size(); ++i) {
+    const LayerGroup& group = shape[i];
     const auto& dims = group.dims;
     // The formula knows one dimension; where K and V differ, their mean holds as many elements.
     const double channels = dims.n_kv_heads * (dims.key_dim + dims.value_dim) / 2.0;
     const double elements = 2.0 * group.n_layers * channels * n_tokens;
     fp16 += elements;
     counted += elements / eval::formula_ratio({1, channels, double(n_tokens)}, bits,
-                                              eval::formula_params(*policy));
+                                              eval::formula_params(policy));
     const Expected<cache::ByteCount> layer =
-        eval::layer_bytes(policy, dims, n_tokens, tokens_per_step);
+        eval::layer_bytes(policies[i], dims, n_tokens, tokens_per_step);
     if (!layer) {
       return layer.error();
     }
-    for (std::uint32_t i = 0; i < group.n_layers; ++i) {
+    for (std::uint32_t n = 0; n < group.n_layers; ++n) {
       row.bytes += *layer;
     }
   }
   row.formula = fp16 / counted;
-  if (!policy->seals()) {
+  if (!policy.seals()) {
     row.reported = 1;
   }
   return row;
@@ -74,17 +94,17 @@ Expected<PolicyRows> make_rows(const std::string& name, const std::vector<LayerG
                             "' is llama.cpp's own: its ratio is that of the type; ratio takes "
                             "settings of this cache (policy=fp16, key-bits=4, ...)");
   }
-  const Expected<policy::Policy> made = policy::make_policy(spec->settings);
-  if (!made) {
-    return invalid_argument("policy '" + name + "': " + made.error().message);
+  Expected<Policies> policies = make_policies(*spec, shape);
+  if (!policies) {
+    return invalid_argument("policy '" + name + "': " + policies.error().message);
   }
-  const auto policy = std::make_shared<const policy::Policy>(*made);
+  const policy::Policy& policy = *policies->front();
   PolicyRows rows{.name = name,
-                  .description = policy::describe(*policy),
-                  .code_bits = eval::mean_code_bits(*policy),
+                  .description = policy::describe(policy),
+                  .code_bits = eval::mean_code_bits(policy),
                   .rows = {}};
   for (const std::uint32_t n_tokens : options.lengths) {
-    Expected<Row> row = make_row(policy, shape, n_tokens, options.tokens_per_step);
+    Expected<Row> row = make_row(*policies, shape, n_tokens, options.tokens_per_step);
     if (!row) {
       return row.error();
     }

@@ -77,6 +77,16 @@ TEST(Windows, AreThoseOfLlamaPerplexity) {
   EXPECT_FALSE(cut_windows(tokens, 36, 0, -1));
 }
 
+TEST(Windows, OfTheRestOfAText) {
+  const std::vector<std::int32_t> tokens(35);
+  EXPECT_EQ(skip_windows(tokens, 10, 0).size(), 35u);
+  EXPECT_EQ(skip_windows(tokens, 10, 1).size(), 25u);
+  EXPECT_EQ(skip_windows(tokens, 10, 33).size(), 25u);
+  EXPECT_EQ(skip_windows(tokens, 10, 34).size(), 15u);
+  EXPECT_EQ(skip_windows(tokens, 10, 99).size(), 5u);  // for cut_windows() to complain about
+  EXPECT_EQ(skip_windows(tokens, 36, 50).size(), 35u);
+}
+
 TEST(Divergence, KnownDistributions) {
   const std::vector<float> base{std::log(0.5f), std::log(0.25f), std::log(0.25f)};
   const std::vector<float> other{std::log(0.25f) + 3, std::log(0.5f) + 3, std::log(0.25f) + 3};

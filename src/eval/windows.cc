@@ -7,6 +7,13 @@
 
 namespace zipcache::eval {
 
+std::span<const std::int32_t> skip_windows(std::span<const std::int32_t> tokens, std::size_t n_ctx,
+                                           std::uint32_t percent) {
+  ZC_CHECK(n_ctx >= 1 && percent < 100);
+  const std::size_t n_windows = tokens.size() / n_ctx;
+  return tokens.subspan((n_windows * percent + 99) / 100 * n_ctx);
+}
+
 Expected<std::vector<Window>> cut_windows(std::span<const std::int32_t> tokens, std::size_t n_ctx,
                                           std::size_t max_windows, std::int32_t bos) {
   ZC_CHECK(n_ctx >= 4);

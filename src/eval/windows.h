@@ -20,6 +20,12 @@ struct Window {
   std::int32_t target(std::size_t position) const { return tokens[position + 1]; }
 };
 
+// The text from its first window on that has at least `percent` of all windows before it, so that
+// what was tuned on the beginning of a text can be judged by the rest. REQUIRES: n_ctx >= 1,
+// percent < 100.
+std::span<const std::int32_t> skip_windows(std::span<const std::int32_t> tokens, std::size_t n_ctx,
+                                           std::uint32_t percent);
+
 // At most `max_windows` (0 = all). `bos` < 0: the model takes none. An error when the text is
 // shorter than one window. REQUIRES: n_ctx >= 4.
 Expected<std::vector<Window>> cut_windows(std::span<const std::int32_t> tokens, std::size_t n_ctx,

@@ -29,6 +29,9 @@ class PrepareStep final : public Step {
       return known;
     }
     cache::Query query = operands();
+    if (ChannelObserver* observer = store_->observer()) {
+      observer->add_queries(query, shape_.n_kv_heads, shape_.key_dim, shape_.value_dim);
+    }
     query.visible =
         context().visibilities.get(node_->src[3], stream_, shape_.n_rows, shape_.n_cells);
     // Another context may attend to a cache that it does not write (a draft model sharing its

@@ -193,6 +193,9 @@ Status KvBuffer::add(ggml_tensor* tensor, const KvName& name) {
                                                              .key_row = keys.row,
                                                              .value_row = values.row},
                                               settings_.policy, settings_.budget));
+  if (settings_.observes) {
+    stores_.back()->observe();
+  }
   partner->store = added.store = stores_.back().get();
   return ok_status();
 }
@@ -227,6 +230,18 @@ std::uint64_t KvBuffer::live_tokens() const {
     most = std::max(most, store->live_tokens());
   }
   return most;
+}
+
+std::vector<policy::LayerCalibration> KvBuffer::channels() const {
+  std::vector<policy::LayerCalibration> all;
+  for (const auto& store : stores_) {
+    if (store->observer() != nullptr) {
+      if (auto seen = store->observer()->seen()) {
+        all.push_back(std::move(*seen));
+      }
+    }
+  }
+  return all;
 }
 
 double KvBuffer::policy_seconds() const {

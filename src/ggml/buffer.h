@@ -63,6 +63,8 @@ class KvBuffer {
   cache::ByteCount bytes() const;
   // The fullest layer's tokens, all streams together.
   std::uint64_t live_tokens() const;
+  // What its layers' channels were since the buffer was made; nothing unless they are observed.
+  std::vector<policy::LayerCalibration> channels() const;
   // Spent on saliency and sealing since the buffer was made.
   double policy_seconds() const;
   std::size_t n_layers() const { return stores_.size(); }

@@ -192,6 +192,9 @@ Status KvStore::put(Tensor tensor, std::span<const std::int64_t> global_rows,
     if (Status done = streams_[stream]->put(tensor, cells, part); !done) {
       return done;
     }
+    if (observer_ != nullptr) {
+      observer_->add_rows(tensor, cells.size(), part);
+    }
     writers_[stream] = writer;
   }
   return ok_status();
@@ -237,6 +240,10 @@ std::optional<std::uint32_t> KvStore::whole_stream(Tensor tensor, std::size_t of
 void KvStore::forget_writer(std::uint32_t stream) {
   writers_[stream] = 0;
   copied_from_[stream] = nullptr;
+}
+
+void KvStore::observe() {
+  observer_ = std::make_unique<ChannelObserver>(shape_.layer, shape_.key_row, shape_.value_row);
 }
 
 void KvStore::clear() {

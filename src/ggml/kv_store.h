@@ -17,6 +17,7 @@
 #include "base/expected.h"
 #include "cache/bytes.h"
 #include "cache/layer_cache.h"
+#include "ggml/channel_observer.h"
 #include "policy/policy.h"
 
 namespace zipcache::ggml {
@@ -69,6 +70,11 @@ class KvStore {
   Status copy(Tensor tensor, std::size_t offset, std::size_t size, const KvStore& from,
               std::size_t from_offset);
 
+  // Keeps what clear() does not forget: the extremes of all channels from now on.
+  void observe();
+  ChannelObserver* observer() { return observer_.get(); }  // nullptr before
+  const ChannelObserver* observer() const { return observer_.get(); }
+
   void clear();
   cache::ByteCount bytes() const;
   // Cells in use, all streams together.
@@ -88,6 +94,7 @@ class KvStore {
   void forget_writer(std::uint32_t stream);
 
   Shape shape_;
+  std::unique_ptr<ChannelObserver> observer_;
   std::vector<std::unique_ptr<cache::LayerCache>> streams_;
   std::vector<std::uint64_t> writers_;                 // per stream, 0 = nobody
   std::vector<std::uint32_t> put_cells_;               // of put(), kept for its memory

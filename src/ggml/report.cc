@@ -22,6 +22,7 @@ struct Snapshot {
   double policy_seconds = 0.0;
   std::size_t n_layers = 0;
   std::string policy;
+  std::vector<policy::LayerCalibration> channels;
 
   bool empty() const { return bytes.live_tokens == 0; }
   Snapshot& operator+=(const Snapshot& other) {
@@ -30,6 +31,7 @@ struct Snapshot {
     policy_seconds += other.policy_seconds;
     n_layers += other.n_layers;
     policy = other.policy;
+    channels.insert(channels.end(), other.channels.begin(), other.channels.end());
     return *this;
   }
 };
@@ -48,30 +50,41 @@ State& state() {
 
 Snapshot look_at(KvBuffer* buffer) {
   const std::lock_guard lock(buffer->mutex());
-  return {buffer->bytes(), buffer->live_tokens(), buffer->policy_seconds(), buffer->n_layers(),
-          policy::describe(*buffer->settings().policy)};
+  return {buffer->bytes(),
+          buffer->live_tokens(),
+          buffer->policy_seconds(),
+          buffer->n_layers(),
+          policy::describe(*buffer->settings().policy),
+          buffer->channels()};
 }
 
 std::string to_json(const Snapshot& seen) {
   const cache::ByteCount& bytes = seen.bytes;
   const double sealed_share =
       bytes.live_tokens == 0 ? 0.0 : double(bytes.sealed_tokens) / double(bytes.live_tokens);
-  const nlohmann::ordered_json json = {{"policy", seen.policy},
-                                       {"bytes",
-                                        {{"codes", bytes.codes},
-                                         {"params", bytes.params},
-                                         {"masks", bytes.masks},
-                                         {"staging", bytes.staging},
-                                         {"slack", bytes.slack},
-                                         {"total", bytes.total()}}},
-                                       {"fp16_bytes", bytes.fp16},
-                                       {"ratio", bytes.ratio()},
-                                       {"bits_per_element", bytes.bits_per_element()},
-                                       {"live_tokens", seen.live_tokens},
-                                       {"sealed_share", sealed_share},
-                                       {"policy_seconds", seen.policy_seconds},
-                                       {"isa", kernel_table().isa},
-                                       {"version", ZIPCACHE_VERSION}};
+  nlohmann::ordered_json json = {{"policy", seen.policy},
+                                 {"bytes",
+                                  {{"codes", bytes.codes},
+                                   {"params", bytes.params},
+                                   {"masks", bytes.masks},
+                                   {"staging", bytes.staging},
+                                   {"slack", bytes.slack},
+                                   {"total", bytes.total()}}},
+                                 {"fp16_bytes", bytes.fp16},
+                                 {"ratio", bytes.ratio()},
+                                 {"bits_per_element", bytes.bits_per_element()},
+                                 {"live_tokens", seen.live_tokens},
+                                 {"sealed_share", sealed_share},
+                                 {"policy_seconds", seen.policy_seconds},
+                                 {"isa", kernel_table().isa},
+                                 {"version", ZIPCACHE_VERSION}};
+  if (!seen.channels.empty()) {
+    policy::Calibration calibration;
+    calibration.layers = seen.channels;
+    std::sort(calibration.layers.begin(), calibration.layers.end(),
+              [](const auto& a, const auto& b) { return a.layer < b.layer; });
+    json["calibration"] = nlohmann::ordered_json::parse(policy::calibration_text(calibration));
+  }
   return json.dump();
 }
 

@@ -16,7 +16,8 @@ void report_closed(KvBuffer* buffer);    // about to be freed
 
 // {"policy", "bytes": {"codes", "params", "masks", "staging", "slack", "total"}, "fp16_bytes",
 //  "ratio", "bits_per_element", "live_tokens", "sealed_share", "policy_seconds", "isa",
-//  "version"} of all KV caches alive now; of those freed last when there are none.
+//  "version"} of all KV caches alive now; of those freed last when there are none. Where they are
+// observed also "calibration": the object of policy/calibration.h, without an origin.
 std::string report_json();
 
 }  // namespace zipcache::ggml

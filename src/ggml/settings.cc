@@ -3,6 +3,9 @@
 #include <algorithm>
 #include <charconv>
 #include <cstdint>
+#include <fstream>
+#include <optional>
+#include <sstream>
 
 namespace zipcache::ggml {
 namespace {
@@ -44,6 +47,21 @@ Expected<std::size_t> parse_limit(const std::string& value) {
   return mib << 20;
 }
 
+Expected<policy::Calibration> read_calibration(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  std::ostringstream text;
+  if (!(file && text << file.rdbuf())) {  // an empty file, too, leaves nothing to copy
+    return invalid_argument("calibration: can't read " + path +
+                            "; make it with: zipcache calibrate -m MODEL -o FILE");
+  }
+  Expected<policy::Calibration> calibration = policy::parse_calibration(text.str());
+  if (!calibration) {
+    return Error{calibration.error().code,
+                 "calibration " + path + ": " + calibration.error().message};
+  }
+  return calibration;
+}
+
 }  // namespace
 
 const std::vector<policy::SettingHelp>& own_setting_help() {
@@ -51,6 +69,9 @@ const std::vector<policy::SettingHelp>& own_setting_help() {
       {"report", "stderr, 0, FILE",
        "where the byte table goes when the last KV cache is freed; a file gets JSON (default "
        "stderr)"},
+      {"observe", "on, off",
+       "on: the report also has the extremes of all channels, which zipcache calibrate reads "
+       "(default off)"},
       {"limit-mib", "whole number above 0",
        "most MiB that all KV caches of the process may hold; beyond it decoding fails (default "
        "none)"},
@@ -122,6 +143,11 @@ Expected<Settings> make_settings(const SettingMap& values) {
   for (const auto& [name, value] : values) {
     if (name == "report") {
       settings.report = value.empty() ? "stderr" : value;
+    } else if (name == "observe") {
+      if (value != "on" && value != "off") {
+        return invalid_argument("observe: found '" + value + "', accepted: on, off");
+      }
+      settings.observes = value == "on";
     } else if (name == "force-isa") {
       settings.force_isa = value;
     } else if (name == "limit-mib") {
@@ -134,7 +160,16 @@ Expected<Settings> make_settings(const SettingMap& values) {
       of_policy[name] = value;
     }
   }
-  Expected<policy::Policy> policy = policy::make_policy(of_policy);
+  std::optional<policy::Calibration> calibration;
+  if (const auto path = of_policy.find("calibration"); path != of_policy.end()) {
+    Expected<policy::Calibration> read = read_calibration(path->second);
+    if (!read) {
+      return read.error();
+    }
+    calibration = std::move(*read);
+  }
+  Expected<policy::Policy> policy =
+      policy::make_policy(of_policy, calibration ? &*calibration : nullptr);
   if (!policy) {
     return policy.error();
   }

@@ -23,6 +23,8 @@ struct Settings {
   std::string force_isa;  // "" = automatic
   // Where the byte table goes when the last KV cache is freed: "stderr", "0" (nowhere) or a file.
   std::string report = "stderr";
+  // Whether the report also says what a calibration is made of.
+  bool observes = false;
 };
 
 // Values by setting name: lower case, '-' between words, no prefix.
@@ -40,6 +42,7 @@ Expected<SettingMap> settings_from_environment(const char* const* environment);
 // Lines of "name=value"; empty lines are skipped.
 Expected<SettingMap> settings_from_lines(std::string_view lines);
 
+// Reads the file that the setting `calibration` names, if it is among them.
 Expected<Settings> make_settings(const SettingMap& values);
 
 }  // namespace zipcache::ggml

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <cstdio>
 #include <fstream>
 #include <sstream>
 
@@ -96,6 +97,58 @@ TEST(MakeSettings, ErrorsOfThePolicyComeThrough) {
   const auto settings = make_settings({{"key-bits", "5"}});
   ASSERT_FALSE(settings);
   EXPECT_NE(settings.error().message.find("key-bits"), std::string::npos);
+}
+
+class CalibrationFile : public testing::Test {
+ protected:
+  ~CalibrationFile() override { std::remove(path_.c_str()); }
+
+  void write(const std::string& text) const { std::ofstream(path_, std::ios::binary) << text; }
+
+  std::string error_of(const std::string& policy) const {
+    const auto settings = make_settings({{"policy", policy}, {"calibration", path_}});
+    const std::string error = settings ? "no error" : settings.error().message;
+    EXPECT_EQ(error.find('\n'), std::string::npos) << error;
+    return error;
+  }
+
+  const std::string path_ = testing::TempDir() + "/" +
+                            testing::UnitTest::GetInstance()->current_test_info()->name() + ".json";
+};
+
+TEST_F(CalibrationFile, IsReadForThePolicyThatNamesIt) {
+  write(policy::calibration_text(policy::flat_calibration(2, 32, 64)));
+  for (const char* policy : {"static", "skvq"}) {
+    const auto settings = make_settings({{"policy", policy}, {"calibration", path_}});
+    ASSERT_TRUE(settings) << settings.error().message;
+    EXPECT_EQ(settings->policy->given.at(0).value_dim, 64u);
+    EXPECT_EQ(settings->policy->settings.at("calibration"), path_);
+  }
+  EXPECT_NE(error_of("uniform").find("calibration: does not apply"), std::string::npos);
+}
+
+TEST_F(CalibrationFile, MissingOrMalformedIsRefused) {
+  EXPECT_EQ(error_of("static"), "calibration: can't read " + path_ +
+                                    "; make it with: zipcache calibrate -m MODEL -o FILE");
+  write("");
+  EXPECT_NE(error_of("static").find("can't read " + path_), std::string::npos);
+  write("policy=static");
+  EXPECT_EQ(error_of("static").find("calibration " + path_ + ": found no calibration"), 0u);
+  std::string text = policy::calibration_text(policy::flat_calibration(2, 32, 64));
+  write(text.substr(0, text.size() / 2));
+  EXPECT_EQ(error_of("skvq").find("calibration " + path_ + ": found no calibration"), 0u);
+  text.replace(text.find("\"version\":1"), 11, "\"version\":9");
+  write(text);
+  EXPECT_EQ(error_of("skvq").find("calibration " + path_ + ": found version 9, supported is 1"),
+            0u);
+}
+
+TEST(MakeSettings, Observe) {
+  EXPECT_FALSE(make_settings({})->observes);
+  EXPECT_TRUE(make_settings({{"observe", "on"}})->observes);
+  EXPECT_FALSE(make_settings({{"observe", "off"}})->observes);
+  EXPECT_EQ(make_settings({{"observe", "1"}}).error().message,
+            "observe: found '1', accepted: on, off");
 }
 
 // The table of the user's page is what the code says.

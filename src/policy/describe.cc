@@ -41,6 +41,8 @@ std::string describe_tensor(const TensorPolicy& tensor, bool has_budget) {
     text += ", integer offset";
   }
   text += tensor.factors == Factors::kBalanced ? ", balanced by queries" : "";
+  text += tensor.factors == Factors::kGiven ? ", calibrated factors" : "";
+  text += tensor.reordered ? ", calibrated order" : "";
   if (tensor.rank != 0) {
     text += ", rank " + std::to_string(tensor.rank);
   }

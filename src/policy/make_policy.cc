@@ -60,8 +60,9 @@ const std::vector<SettingHelp>& setting_help() {
   return kHelp;
 }
 
-Expected<Policy> make_policy(const std::map<std::string, std::string>& settings) {
-  SettingReader in(settings);
+Expected<Policy> make_policy(const std::map<std::string, std::string>& settings,
+                             const Calibration* calibration) {
+  SettingReader in(settings, calibration);
   in.check_known();
   const Method* method = read_method(in);
   in.check_applies(method->name, method->settings);

@@ -1,6 +1,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cmath>
 #include <set>
 
 #include "policy/method.h"
@@ -17,8 +18,26 @@ using Settings = std::map<std::string, std::string>;
 using Bits = std::array<std::uint8_t, 2>;
 using Clip = std::array<float, 2>;
 
+// Two layers; each channel of a head has other figures.
+Calibration calibration() {
+  Calibration made;
+  for (const std::uint32_t layer : {0u, 2u}) {
+    LayerCalibration seen = flat_calibration(2, 64, 64).layers.front();
+    seen.layer = layer;
+    for (std::size_t c = 0; c < seen.key_min.size(); ++c) {
+      seen.key_min[c] = -4.0f * float(1 + c % 3);
+      seen.query_max[c] = c == 5 ? 0.0f : 1.0f;
+      seen.value_max[c] = c == 9 ? 16.0f : 1.0f;
+    }
+    made.layers.push_back(seen);
+  }
+  return made;
+}
+
+// Policies that need no calibration don't look at it.
 Policy policy_of(const Settings& settings) {
-  const Expected<Policy> policy = make_policy(settings);
+  const Calibration calibrated = calibration();
+  const Expected<Policy> policy = make_policy(settings, &calibrated);
   if (!policy) {
     ADD_FAILURE() << policy.error().message;
     return {};
@@ -225,6 +244,121 @@ TEST(MakePolicy, Gear) {
                 .find("outliers: does not apply to policy 'gear-l', which takes policy, key-bits"),
             0u);
   EXPECT_EQ(error_of({{"policy", "gear"}, {"rank", "17"}}), "rank: found '17', accepted: 0..16");
+}
+
+TEST(MakePolicy, StaticTakesFactorsFromTheCalibration) {
+  const Policy policy = policy_of({{"policy", "static"}});
+  for (const TensorPolicy* tensor : {&policy.key, &policy.value}) {
+    EXPECT_EQ(tensor->granularity, Granularity::kChannelSeparable);
+    EXPECT_EQ(tensor->factors, Factors::kGiven);
+    EXPECT_EQ(tensor->bits[0], 4);
+    EXPECT_EQ(tensor->n_classes, 1);
+    EXPECT_FALSE(tensor->reordered);
+  }
+  EXPECT_EQ(policy.sink_tokens + policy.hold_tokens, 0u);  // every past token is quantized
+  EXPECT_TRUE(policy.seal_chunks);
+  EXPECT_EQ(policy.seal_tokens, 32u);
+
+  ASSERT_EQ(policy.given.size(), 2u);
+  const LayerChannels& channels = policy.given.at(2);
+  EXPECT_EQ(channels.n_kv_heads, 2u);
+  ASSERT_EQ(channels.key_factors.size(), 128u);
+  EXPECT_EQ(channels.key_factors[3], 2.0f);  // sqrt(4 / 1)
+  EXPECT_EQ(channels.key_factors[4], std::sqrt(8.0f));
+  EXPECT_EQ(channels.key_factors[5], 1.0f);  // no query has it: nothing to balance
+  EXPECT_EQ(channels.value_factors[9], 4.0f);
+  EXPECT_EQ(channels.value_factors[10], 1.0f);
+  EXPECT_TRUE(channels.key_order.empty());
+  const quant::QuantRules rules = policy.quant_rules(2);
+  EXPECT_EQ(rules.key.given_factors.data(), channels.key_factors.data());
+  EXPECT_EQ(rules.value.given_factors.data(), channels.value_factors.data());
+  EXPECT_TRUE(policy.quant_rules(1).key.given_factors.empty());
+}
+
+TEST(MakePolicy, SkvqOrdersChannelsByTheCalibration) {
+  const Policy policy = policy_of({{"policy", "skvq"}});
+  for (const TensorPolicy* tensor : {&policy.key, &policy.value}) {
+    EXPECT_EQ(tensor->granularity, Granularity::kTokenwise);
+    EXPECT_EQ(tensor->token_params, TokenParams::kByte);  // two bytes, as two FP8 numbers
+    EXPECT_EQ(tensor->group_channels, 32);                // heads of 64
+    EXPECT_EQ(tensor->bits[0], 2);
+    EXPECT_EQ(tensor->rules.clip[0], 0.96f);
+    EXPECT_TRUE(tensor->rules.clip_about_zero);
+    EXPECT_TRUE(tensor->reordered);
+    EXPECT_EQ(tensor->factors, Factors::kOwn);
+  }
+  EXPECT_EQ(policy.sink_tokens, 5u);
+  EXPECT_EQ(policy.hold_tokens, 128u);
+
+  const LayerChannels& channels = policy.given.at(0);
+  ASSERT_EQ(channels.key_order.size(), 128u);
+  std::set<std::uint16_t> first(channels.key_order.begin(), channels.key_order.begin() + 32);
+  EXPECT_EQ(first.size(), 32u);
+  for (std::uint16_t c = 2; c < 64; c += 3) {  // the widest channels of the head are together
+    EXPECT_EQ(first.contains(c), first.contains(2)) << c;
+  }
+  EXPECT_EQ(policy.quant_rules(0).key.channel_order.data(), channels.key_order.data());
+  EXPECT_EQ(policy.quant_rules(0).value.channel_order.data(), channels.value_order.data());
+  EXPECT_TRUE(channels.key_factors.empty());
+}
+
+TEST(MakePolicy, SkvqGroups) {
+  const auto group_of = [](std::uint32_t key_dim, std::uint32_t value_dim) {
+    const Calibration flat = flat_calibration(1, key_dim, value_dim);
+    return make_policy({{"policy", "skvq"}}, &flat)->key.group_channels;
+  };
+  EXPECT_EQ(group_of(256, 256), 128);
+  EXPECT_EQ(group_of(512, 512), 128);
+  EXPECT_EQ(group_of(128, 128), 64);
+  EXPECT_EQ(group_of(192, 128), 64);
+  EXPECT_EQ(group_of(80, 80), 16);
+  EXPECT_EQ(group_of(96, 96), 48);
+  EXPECT_EQ(group_of(16, 16), 16);
+  EXPECT_EQ(policy_of({{"policy", "skvq"}, {"group", "16"}}).value.group_channels, 16);
+  const Calibration flat = flat_calibration(1, 80, 80);
+  const auto split = make_policy({{"policy", "skvq"}, {"group", "32"}}, &flat);
+  ASSERT_FALSE(split);
+  EXPECT_EQ(split.error().message,
+            "group: 32 does not split heads of 80 (K) and 80 (V) channels, as layer 0 of the "
+            "calibration has them; group 0 is the largest that does");
+}
+
+TEST(MakePolicyErrors, Calibration) {
+  for (const char* policy : {"static", "skvq"}) {
+    EXPECT_EQ(error_of({{"policy", policy}}),
+              "calibration: missing, and this policy takes its channels' figures from it; make it "
+              "with: zipcache calibrate -m MODEL -o FILE, then set calibration=FILE");
+    EXPECT_EQ(error_of({{"policy", policy}, {"calibration", "c.json"}}),
+              "calibration: found 'c.json', but no file was read");
+    EXPECT_EQ(policy_of({{"policy", policy}, {"calibration", "c.json"}}).settings.at("calibration"),
+              "c.json");
+  }
+  EXPECT_EQ(error_of({{"calibration", "c.json"}})
+                .find("calibration: does not apply to policy 'zipcache'"),
+            0u);
+}
+
+TEST(ServesLayer, OnlyThoseOfTheCalibration) {
+  EXPECT_TRUE(serves_layer(policy_of({}), 77, 1, 16, 16));
+  for (const char* name : {"static", "skvq"}) {
+    const Policy policy = policy_of({{"policy", name}});
+    EXPECT_TRUE(serves_layer(policy, 0, 2, 64, 64));
+    EXPECT_TRUE(serves_layer(policy, 2, 2, 64, 64));
+    const Status other = serves_layer(policy, 1, 2, 64, 64);
+    ASSERT_FALSE(other);
+    EXPECT_EQ(other.error().message,
+              "layer 1 has 2 KV heads of 64 (K) and 64 (V) channels, but the calibration lacks it "
+              "among its 2 layers: it is another model's; make one of this with zipcache "
+              "calibrate -m MODEL -o FILE");
+    const Status narrower = serves_layer(policy, 0, 4, 32, 64);
+    ASSERT_FALSE(narrower);
+    EXPECT_NE(narrower.error().message.find(
+                  "has 4 KV heads of 32 (K) and 64 (V) channels, but the calibration says 2 KV "
+                  "heads of 64 (K) and 64 (V) channels"),
+              std::string::npos);
+    EXPECT_FALSE(serves_layer(policy, 0, 2, 64, 128));
+    EXPECT_FALSE(serves_layer(policy, 0, 4, 64, 64));
+  }
 }
 
 TEST(MakePolicy, Fp16) {
@@ -448,7 +582,7 @@ TEST(SettingHelp, NamesEverySettingOnce) {
                                           "block",      "heavy",         "recent",
                                           "balancer",   "rank",          "outliers",
                                           "metric",     "probes",        "probe-positions",
-                                          "seed"}));
+                                          "seed",       "calibration"}));
 }
 
 TEST(PolicyHelp, NamesEveryPolicyAndItsDefaults) {
@@ -494,6 +628,14 @@ TEST(Describe, OneLine) {
   EXPECT_EQ(describe(policy_of({{"policy", "uniform"}, {"granularity", "groupwise"}})),
             "uniform: K tokenwise by 32 4 bits (clip 1, half params), V tokenwise by 32 4 bits "
             "(clip 1, half params); 0 sinks, hold 32, seal 64 in blocks of 512");
+  EXPECT_EQ(describe(policy_of({{"policy", "static"}})),
+            "static: K channel-separable 4 bits (clip 1, half params, calibrated factors), V "
+            "channel-separable 4 bits (clip 1, half params, calibrated factors); 0 sinks, hold 0, "
+            "seal 32 in one block");
+  EXPECT_EQ(describe(policy_of({{"policy", "skvq"}})),
+            "skvq: K tokenwise by 32 2 bits (clip 0.96, byte params, calibrated order), V "
+            "tokenwise by 32 2 bits (clip 0.96, byte params, calibrated order); 5 sinks, hold 128, "
+            "seal 64 in blocks of 512");
 }
 
 TEST(ToSettings, MakesTheSamePolicyAgain) {
@@ -516,6 +658,8 @@ TEST(ToSettings, MakesTheSamePolicyAgain) {
       {{"policy", "mikv"}, {"key-bits", "16,3"}, {"balancer", "off"}, {"recent", "12.5"}},
       {{"policy", "gear"}, {"key-bits", "2"}, {"value-bits", "2"}, {"outliers", "1.5"}},
       {{"policy", "gear-l"}, {"rank", "8"}},
+      {{"policy", "static"}, {"key-bits", "8"}, {"calibration", "c.json"}},
+      {{"policy", "skvq"}, {"group", "16"}, {"key-clip", "0.92"}, {"hold", "0"}},
       {{"mode", "official"}, {"seal", "50"}, {"block", "1000"}},
       {{"key-bits", "3"}, {"value-salient", "33.33"}, {"metric", "random"}, {"seed", "77"}},
       {{"key-salient", "0.1"}, {"value-salient", "99.05"}, {"probes", "last"}, {"sinks", "8"}},

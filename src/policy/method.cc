@@ -4,8 +4,8 @@ namespace zipcache::policy {
 
 std::span<const Method> methods() {
   static const std::vector<Method> kAll = {
-      zipcache_method(), fp16_method(), uniform_method(), h2o_method(),
-      mikv_method(),     kivi_method(), gear_method(),    gear_l_method(),
+      zipcache_method(), fp16_method(), uniform_method(), h2o_method(),    mikv_method(),
+      kivi_method(),     gear_method(), gear_l_method(),  static_method(), skvq_method(),
   };
   return kAll;
 }

@@ -38,5 +38,7 @@ Method h2o_method();       // h2o.cc
 Method mikv_method();      // mikv.cc
 Method gear_method();      // gear.cc
 Method gear_l_method();    // gear.cc
+Method static_method();    // static.cc
+Method skvq_method();      // skvq.cc
 
 }  // namespace zipcache::policy

@@ -11,6 +11,7 @@
 
 #include "base/expected.h"
 #include "format/block.h"
+#include "policy/calibration.h"
 #include "quant/block_codec.h"
 #include "saliency/probes.h"
 #include "saliency/ranking.h"
@@ -21,12 +22,14 @@ namespace zipcache::policy {
 enum class Factors : std::uint8_t {
   kOwn,       // the tokens that are quantized together: sqrt(max |x|)
   kBalanced,  // keys: sqrt(max |k| / max |q|) of the sequence up to its first sealing, then frozen
+  kGiven,     // Policy::given
 };
 
 struct TensorPolicy {
   format::Granularity granularity = format::Granularity::kChannelwise;
   format::TokenParams token_params = format::TokenParams::kHalf;
   Factors factors = Factors::kOwn;
+  bool reordered = false;  // channels stand in an order of Policy::given
   bool class_factors = false;
   bool slot_shared = false;
   std::uint16_t group_channels = 0;  // 0 = head_dim
@@ -44,6 +47,14 @@ struct TensorPolicy {
   quant::TensorRules rules;
 };
 
+// What calibration says of a layer's channels, for all of its KV heads; empty where the policy does
+// not ask for it. See quant::TensorRules.
+struct LayerChannels {
+  std::uint32_t n_kv_heads = 0, key_dim = 0, value_dim = 0;
+  std::vector<float> key_factors{}, value_factors{};      // Factors::kGiven
+  std::vector<std::uint16_t> key_order{}, value_order{};  // TensorPolicy::reordered
+};
+
 struct Policy {
   std::string name = "zipcache";
   // Every setting that applies, defaults included: what made this policy.
@@ -51,6 +62,9 @@ struct Policy {
   bool keeps_exact = false;  // nothing is ever sealed; the rest does not matter
   TensorPolicy key;
   TensorPolicy value;
+
+  // By layer; empty unless a tensor has factors or an order from it.
+  std::map<std::uint32_t, LayerChannels> given;
 
   // > 0: of each block, salient_bp and key.wide_bp are what makes it take at most this many
   // hundredths of a bit per element, everything in it counted.
@@ -88,7 +102,8 @@ struct Policy {
 
   bool seals() const { return !keeps_exact; }
   bool ranks() const { return key.n_classes == 2 || value.n_classes == 2; }
-  quant::QuantRules quant_rules() const { return {key.rules, value.rules}; }
+  // With what is given for a layer, as spans of this policy. REQUIRES: serves_layer().
+  quant::QuantRules quant_rules(std::uint32_t layer) const;
 };
 
 // The setting names, each with its accepted values and a line of help: the source of the table in
@@ -112,11 +127,18 @@ const std::vector<PolicyHelp>& policy_help();
 // case, '-' between words). Unknown names, malformed values and impossible combinations are errors
 // that name the setting, what was found and what is accepted. A setting that the chosen policy
 // does not use is an error too.
-Expected<Policy> make_policy(const std::map<std::string, std::string>& settings);
+// Policies that need a calibration say so in an error when it is nullptr; the setting of that name
+// is only text here: who reads the file passes its content.
+Expected<Policy> make_policy(const std::map<std::string, std::string>& settings,
+                             const Calibration* calibration = nullptr);
 
 // Every setting that applies to a policy of make_policy(), defaults included, so that
 // make_policy(to_settings(policy)) is the same policy: what a result file records.
 std::map<std::string, std::string> to_settings(const Policy& policy);
+
+// kUnsupported when the policy is calibrated and not for a layer like this.
+Status serves_layer(const Policy& policy, std::uint32_t layer, std::uint32_t n_kv_heads,
+                    std::uint32_t key_dim, std::uint32_t value_dim);
 
 // One line for logs: "zipcache default: K channelwise 4/2 bits (20 % salient, ...), V ..."
 std::string describe(const Policy& policy);

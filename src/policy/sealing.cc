@@ -30,6 +30,7 @@ format::TensorFormat tensor_format(const Policy& policy, const TensorPolicy& ten
   format.token_params = tensor.token_params;
   format.class_factors = tensor.class_factors;
   format.given_factors = tensor.factors != Factors::kOwn;
+  format.reordered = tensor.reordered;
   format.slot_shared = tensor.slot_shared;
   format.group_channels = tensor.group_channels;
   format.group_tokens = tensor.group_tokens;
@@ -100,6 +101,46 @@ std::vector<std::uint32_t> even_blocks(const Policy& policy, std::uint32_t n) {
 }
 
 }  // namespace
+
+quant::QuantRules Policy::quant_rules(std::uint32_t layer) const {
+  quant::QuantRules rules{key.rules, value.rules};
+  if (const auto found = given.find(layer); found != given.end()) {
+    const LayerChannels& channels = found->second;
+    rules.key.given_factors = channels.key_factors;
+    rules.key.channel_order = channels.key_order;
+    rules.value.given_factors = channels.value_factors;
+    rules.value.channel_order = channels.value_order;
+  }
+  return rules;
+}
+
+Status serves_layer(const Policy& policy, std::uint32_t layer, std::uint32_t n_kv_heads,
+                    std::uint32_t key_dim, std::uint32_t value_dim) {
+  const auto is_calibrated = [](const TensorPolicy& tensor) {
+    return tensor.factors == Factors::kGiven || tensor.reordered;
+  };
+  if (!is_calibrated(policy.key) && !is_calibrated(policy.value)) {
+    return ok_status();
+  }
+  const auto given = policy.given.find(layer);
+  if (given != policy.given.end() && given->second.n_kv_heads == n_kv_heads &&
+      given->second.key_dim == key_dim && given->second.value_dim == value_dim) {
+    return ok_status();
+  }
+  const auto words = [](std::uint32_t heads, std::uint32_t key, std::uint32_t value) {
+    return std::to_string(heads) + " KV heads of " + std::to_string(key) + " (K) and " +
+           std::to_string(value) + " (V) channels";
+  };
+  const std::string calibrated =
+      given == policy.given.end()
+          ? "lacks it among its " + std::to_string(policy.given.size()) + " layers"
+          : "says " +
+                words(given->second.n_kv_heads, given->second.key_dim, given->second.value_dim);
+  return unsupported("layer " + std::to_string(layer) + " has " +
+                     words(n_kv_heads, key_dim, value_dim) + ", but the calibration " + calibrated +
+                     ": it is another model's; make one of this with zipcache calibrate -m MODEL "
+                     "-o FILE");
+}
 
 format::BlockShape block_shape(const Policy& policy, std::uint32_t n_tokens,
                                std::uint32_t n_kv_heads, std::uint32_t key_dim,

@@ -181,7 +181,8 @@ const std::vector<SettingHelp>& setting_words() {
        "what shares a scale, for keys and for values"},
       {"group", "16..512 in steps of 16",
        "channels of a token that share a scale (uniform: with granularity groupwise); kivi and "
-       "gear: also tokens of a channel, 0 for all of a block (gear)"},
+       "gear: also tokens of a channel, 0 for all of a block (gear); skvq: 0 for the largest up to "
+       "128 that splits every head"},
       {"residual", "0 or a multiple of group up to 4096",
        "tokens that kivi keeps exact: keys are quantized so many at a time, values when so many "
        "newer ones are there"},
@@ -190,9 +191,10 @@ const std::vector<SettingHelp>& setting_words() {
       {"hold", "0..65536",
        "newest tokens, not yet quantized; where it is 28, it fills up the sinks to a multiple of "
        "32"},
-      {"seal", "32..65536 in steps of 32; paper, official, gear and mikv 16..65536, h2o 1..65536",
+      {"seal",
+       "32..65536 in steps of 32; paper, official, gear, mikv and static 16..65536, h2o 1..65536",
        "staged tokens that start a quantization"},
-      {"block", "0 or 32..65536 in steps of 32; paper, official and mikv 0 or 16..65536",
+      {"block", "0 or 32..65536 in steps of 32; paper, official, mikv and static 0 or 16..65536",
        "most tokens of one block, 0 for no limit"},
       {"rank", "0..16",
        "of the low-rank term, per head of a block; at most 2 in blocks of decoded tokens"},
@@ -211,6 +213,9 @@ const std::vector<SettingHelp>& setting_words() {
        "the tokens quantized together that are salient because they are the newest"},
       {"balancer", "on, off", "divide keys by what their channel's queries make of them (MiKV)"},
       {"seed", "0..18446744073709551615", "chooses the random probes"},
+      {"calibration", "FILE",
+       "what zipcache calibrate -m MODEL -o FILE found out about the model's channels; static and "
+       "skvq need it"},
   };
   return kWords;
 }
@@ -328,6 +333,21 @@ std::uint64_t SettingReader::seed(std::string_view name, std::uint64_t fallback)
     fail(name, *text, "accepted: a whole number from 0 to 18446744073709551615");
   }
   return number.value_or(fallback);
+}
+
+const Calibration* SettingReader::calibration() {
+  constexpr std::string_view kName = "calibration";
+  if (calibration_ == nullptr) {
+    reject(kName, "but no file was read");
+    fail(kName,
+         "missing, and this policy takes its channels' figures from it; make it with: "
+         "zipcache calibrate -m MODEL -o FILE, then set calibration=FILE");
+    return nullptr;
+  }
+  if (const std::string* text = find(kName)) {
+    resolve(kName, *text);
+  }
+  return calibration_;
 }
 
 std::uint32_t SettingReader::percent(std::string_view name, std::uint32_t fallback_bp) {

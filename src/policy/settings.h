@@ -41,8 +41,9 @@ struct CountRange {
 // read, given or not, is in resolved(): reading is all that a policy has to do about a setting.
 class SettingReader {
  public:
-  // REQUIRES: `settings` outlives the reader.
-  explicit SettingReader(const Settings& settings) : settings_(settings) {}
+  // REQUIRES: both outlive the reader; `calibration` may be nullptr.
+  explicit SettingReader(const Settings& settings, const Calibration* calibration = nullptr)
+      : settings_(settings), calibration_(calibration) {}
 
   const std::optional<Error>& error() const { return error_; }
   const Settings& resolved() const { return resolved_; }
@@ -81,6 +82,9 @@ class SettingReader {
   std::array<float, 2> clip(std::string_view name, std::size_t n_classes,
                             std::array<float, 2> fallback);
 
+  // What the setting `calibration` stands for; fails, and returns nullptr, without one.
+  const Calibration* calibration();
+
  private:
   // The text of `name`; nullptr if there is nothing to read.
   const std::string* find(std::string_view name) const;
@@ -90,6 +94,7 @@ class SettingReader {
   }
 
   const Settings& settings_;
+  const Calibration* const calibration_;
   Settings resolved_;
   std::optional<Error> error_;
 };

@@ -46,8 +46,6 @@ class TensorEncoder {
         order_(n_tokens_),
         rows_(n_tokens_ * n_channels_),
         channels_(n_channels_),
-        in_order_(!format_.reordered && format_.wide_channels == 0),
-        unordered_(in_order_ ? 0 : n_channels_),
         factors_(n_channels_, 1.0f),
         codes_(rows_.size()),
         transposed_(tensor == Tensor::kValue ? rows_.size() : 0) {
@@ -105,21 +103,17 @@ class TensorEncoder {
       std::memcpy(block_ + layout_.channel_order(tensor_, head),
                   &rules_.channel_order[head * n_channels_], n_channels_ * sizeof(std::uint16_t));
     }
+    const std::size_t token_stride = layout_.shape().n_kv_heads * n_channels_;
+    for (std::size_t slot = 0; slot < n_tokens_; ++slot) {
+      copy_finite(&input_[order_[slot] * token_stride + head * n_channels_], n_channels_,
+                  row(slot));
+    }
     if (format_.wide_channels > 0) {
       choose_wide_channels(head);
     }
     format::channel_order(layout_, block_, tensor_, head, channels_.data());
-    const std::size_t token_stride = layout_.shape().n_kv_heads * n_channels_;
-    for (std::size_t slot = 0; slot < n_tokens_; ++slot) {
-      const float* in = &input_[order_[slot] * token_stride + head * n_channels_];
-      if (in_order_) {
-        copy_finite(in, n_channels_, row(slot));
-        continue;
-      }
-      copy_finite(in, n_channels_, unordered_.data());
-      for (std::size_t c = 0; c < n_channels_; ++c) {
-        row(slot)[c] = unordered_[channels_[c]];
-      }
+    if (format_.reordered || format_.wide_channels > 0) {
+      order_channels();
     }
     if (format_.granularity == Granularity::kChannelSeparable && layout_.param_slots(tensor_) > 0) {
       for (int cls = 0; cls < (format_.class_factors ? format_.n_classes : 1); ++cls) {
@@ -133,18 +127,23 @@ class TensorEncoder {
     }
   }
 
+  // rows_ from the engine's channels to stored ones.
+  void order_channels() {
+    AlignedVector<float> unordered(n_channels_);
+    for (std::size_t slot = 0; slot < n_tokens_; ++slot) {
+      std::copy_n(row(slot), n_channels_, unordered.data());
+      for (std::size_t c = 0; c < n_channels_; ++c) {
+        row(slot)[c] = unordered[channels_[c]];
+      }
+    }
+  }
+
   // Of equally wide codes, a channel's error grows with its range and with the queries it meets:
   // a few channels make up most of it (half of it an eighth of them, in SmolLM2).
   void choose_wide_channels(std::uint32_t head) {
-    const std::size_t token_stride = layout_.shape().n_kv_heads * n_channels_;
-    AlignedVector<float> low(n_channels_), high(n_channels_);
-    for (std::size_t token = 0; token < n_tokens_; ++token) {
-      copy_finite(&input_[token * token_stride + head * n_channels_], n_channels_,
-                  unordered_.data());
-      if (token == 0) {
-        low = high = unordered_;
-      }
-      track_ranges(unordered_.data(), n_channels_, low.data(), high.data());
+    AlignedVector<float> low(row(0), row(0) + n_channels_), high(low);
+    for (std::size_t slot = 1; slot < n_tokens_; ++slot) {
+      track_ranges(row(slot), n_channels_, low.data(), high.data());
     }
     std::vector<float> error(n_channels_);
     for (std::size_t c = 0; c < n_channels_; ++c) {
@@ -378,8 +377,6 @@ class TensorEncoder {
   std::vector<std::uint32_t> order_;
   AlignedVector<float> rows_;  // [slot][stored channel] of the head at hand
   std::vector<std::uint16_t> channels_;
-  const bool in_order_;  // channels are stored as they come
-  AlignedVector<float> unordered_;
   AlignedVector<float> factors_;
   std::vector<Range> shared_ranges_;
   std::vector<std::uint8_t> codes_, transposed_;

@@ -423,6 +423,16 @@ TEST(DevicePolicy, WhatPagesCannotHoldIsRefused) {
     ASSERT_TRUE(asked) << name;
     EXPECT_FALSE(device_policy(*asked)) << name;
   }
+  for (const char* name : {"static", "skvq"}) {
+    const policy::Calibration flat = policy::flat_calibration(2, 64, 64);
+    const auto asked = policy::make_policy({{"policy", name}}, &flat);
+    ASSERT_TRUE(asked) << name;
+    const auto served = device_policy(*asked);
+    ASSERT_FALSE(served) << name;
+    EXPECT_NE(served.error().message.find("quantized in another granularity, supported"),
+              std::string::npos)
+        << served.error().message;
+  }
   const auto uniform =
       policy::make_policy({{"policy", "uniform"}, {"key-bits", "8"}, {"value-bits", "8"}});
   ASSERT_TRUE(uniform);

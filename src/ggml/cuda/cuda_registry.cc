@@ -52,6 +52,10 @@ Status set_up(Globals& all) {
   if (!settings) {
     return settings.error();
   }
+  if (settings->observes) {
+    return unsupported(
+        "ZipCacheCUDA: found observe=on, supported off; use -dev ZipCache (CPU) to calibrate");
+  }
   if (settings->policy->seals()) {
     Expected<policy::Policy> used = cuda::device_policy(*settings->policy);
     if (!used) {
