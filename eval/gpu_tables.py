@@ -84,7 +84,8 @@ def tests():
 def llama_origin(records):
     run = records[0]["run"]
     device, driver = run["device"].split(", ")
-    return (f"\n\nMeasured by `bench/cuda_llama.py` on {run['date']}: {device}, driver {driver}; "
+    dates = ", ".join(dict.fromkeys(f"{r['run']['date']}" for r in records))
+    return (f"\n\nMeasured by `bench/cuda_llama.py` on {dates}: {device}, driver {driver}; "
             "llama.cpp v0.5.0 with CUDA.\n")
 
 

@@ -14,7 +14,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-OPTIONS = argparse.Namespace()  # of the command line, once main() has parsed it
+OPTIONS = argparse.Namespace(plain=[])  # and of the command line, once main() has parsed it
 # One thread: on a busy machine two of them mostly wait for each other.
 COMMON = ["-t", "1", "-fa", "on"]
 SECONDS = 120
@@ -30,7 +30,8 @@ def environment(**settings):
 def command(program, *arguments, plugin=True, model=None):
     """The command line of a llama.cpp program on the test model."""
     line = [str(OPTIONS.bin / program), "-m", str(model or OPTIONS.model), *COMMON]
-    return line + (["-dev", "ZipCache", "-ngl", "99"] if plugin else []) + list(map(str, arguments))
+    device = ["-dev", getattr(OPTIONS, "device", "ZipCache"), "-ngl", "99"] if plugin else OPTIONS.plain
+    return line + device + list(map(str, arguments))
 
 
 def run(program, *arguments, plugin=True, model=None, check=True, **settings):

@@ -149,9 +149,9 @@ def sinks(path):
           shapes | {"output.weight": (width, N_VOCAB)})
 
 
-def alibi(path):
+def alibi(path, n_heads=3, head_dim=32):
     """BLOOM: no rotary embedding, a bias on scores that grows with distance."""
-    width, n_heads, head_dim = 96, 3, 32
+    width = n_heads * head_dim
     tensors = {"attn_norm": (width,), "attn_norm.bias": (width,), "attn_qkv": (width, 3 * width),
                "attn_qkv.bias": (3 * width,), "attn_output": (width, width),
                "attn_output.bias": (width,), "ffn_norm": (width,), "ffn_norm.bias": (width,),

@@ -3,7 +3,8 @@
 # About six minutes on two cores the first time; nothing to do afterwards.
 #
 # With --cuda: with the CUDA backend into build/llama.cpp/build-cuda, for the GPU architectures in
-# CUDA_ARCHITECTURES (90-real: Hopper), programs for bench/cuda_llama.py only. Five minutes on 16 cores.
+# CUDA_ARCHITECTURES (90-real: Hopper), programs for bench/cuda_llama.py and tests/cuda_e2e.py only.
+# Six minutes on 16 cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -26,9 +27,9 @@ if [[ ${1:-} == --cuda ]]; then
   stamp=$build_dir/.zipcache-complete
   options+=(
     -DGGML_CUDA=ON -DGGML_CUDA_NCCL=OFF -DCMAKE_CUDA_ARCHITECTURES="${CUDA_ARCHITECTURES:-90-real}"
-    -DGGML_NATIVE=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_APP=OFF
+    -DGGML_NATIVE=OFF -DLLAMA_BUILD_APP=OFF
   )
-  targets=(llama-perplexity llama-completion llama-bench llama-batched-bench)
+  targets=(llama-perplexity llama-completion llama-server llama-bench llama-batched-bench)
   program=llama-batched-bench
 fi
 

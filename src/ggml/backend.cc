@@ -3,10 +3,8 @@
 #include <algorithm>
 #include <atomic>
 #include <deque>
-#include <exception>
 #include <memory>
 #include <mutex>
-#include <new>
 #include <string>
 #include <vector>
 
@@ -15,11 +13,13 @@
 #include "ggml/attention_node.h"
 #include "ggml/buffer.h"
 #include "ggml/buffer_locks.h"
+#include "ggml/guards.h"
 #include "ggml/log.h"
 #include "ggml/registry.h"
 #include "ggml/shift_node.h"
 #include "ggml/step.h"
 #include "ggml/store_node.h"
+#include "ggml/tables.h"
 #include "ggml/take_over.h"
 
 namespace zipcache::ggml {
@@ -27,6 +27,8 @@ namespace {
 
 class Backend {
  public:
+  static constexpr const char* kName = kDeviceName;
+
   explicit Backend(std::uint64_t id)
       : cpu_(host()), rotating_cpu_(host()), steps_context_(&kernel_table(), id) {
     if (valid()) {
@@ -61,11 +63,6 @@ class Backend {
   }
 
  private:
-  static ggml_status failed(const Error& error) {
-    log_error(error.message);
-    return error.code == ErrorCode::kOutOfMemory ? GGML_STATUS_ALLOC_FAILED : GGML_STATUS_FAILED;
-  }
-
   // Makes nodes_ of the graph's. The host computes a graph many times under one uid.
   void rewrite(const ggml_cgraph* graph) {
     if (graph->uid != 0 && graph->uid == uid_) {
@@ -150,45 +147,7 @@ class Backend {
   std::optional<Error> refusal_;
 };
 
-Backend* context_of(ggml_backend_t backend) { return static_cast<Backend*>(backend->context); }
-
-const char* get_name(ggml_backend_t /*backend*/) { return kDeviceName; }
-
-void free_backend(ggml_backend_t backend) {
-  delete context_of(backend);
-  delete backend;
-}
-
-ggml_status compute_graph(ggml_backend_t backend, ggml_cgraph* graph) {
-  try {
-    return context_of(backend)->compute(graph);
-  } catch (const std::bad_alloc&) {
-    log_error("no memory left for a graph");
-    return GGML_STATUS_ALLOC_FAILED;
-  } catch (const std::exception& error) {
-    log_error(error.what());
-    return GGML_STATUS_FAILED;
-  }
-}
-
-constexpr ggml_backend_i kBackendInterface = {
-    .get_name = get_name,
-    .free = free_backend,
-    .set_tensor_async = nullptr,
-    .get_tensor_async = nullptr,
-    .set_tensor_2d_async = nullptr,
-    .get_tensor_2d_async = nullptr,
-    .cpy_tensor_async = nullptr,
-    .synchronize = nullptr,  // graphs are computed before the call returns
-    .graph_plan_create = nullptr,
-    .graph_plan_free = nullptr,
-    .graph_plan_update = nullptr,
-    .graph_plan_compute = nullptr,
-    .graph_compute = compute_graph,
-    .event_record = nullptr,
-    .event_wait = nullptr,
-    .graph_optimize = nullptr,
-};
+using Table = BackendTable<Backend>;
 
 ggml_guid_t guid() {
   static ggml_guid id = {0x7a, 0x69, 0x70, 0x63, 0x61, 0x63, 0x68, 0x65,
@@ -198,28 +157,20 @@ ggml_guid_t guid() {
 
 }  // namespace
 
-ggml_backend_t make_backend(ggml_backend_dev_t device, const char* /*params*/) {
+ggml_backend_t make_backend(ggml_backend_dev_t device) {
   static std::atomic<std::uint64_t> next_id{1};
-  try {
-    allow_repeats();
-    auto context = std::make_unique<Backend>(next_id.fetch_add(1));
-    if (!context->valid()) {
-      return nullptr;
-    }
-    return new ggml_backend{
-        .guid = guid(), .iface = kBackendInterface, .device = device, .context = context.release()};
-  } catch (const std::exception& error) {
-    log_error(error.what());
-    return nullptr;
-  }
+  return Table::create(device, guid(), [] {
+    auto backend = std::make_unique<Backend>(next_id.fetch_add(1));
+    return backend->valid() ? std::move(backend) : nullptr;
+  });
 }
 
 void set_n_threads(ggml_backend_t backend, int n_threads) {
-  context_of(backend)->cpu().set_n_threads(n_threads);
+  Table::of(backend)->cpu().set_n_threads(n_threads);
 }
 
 void set_abort_callback(ggml_backend_t backend, ggml_abort_callback callback, void* data) {
-  context_of(backend)->cpu().set_abort_callback(callback, data);
+  Table::of(backend)->cpu().set_abort_callback(callback, data);
 }
 
 }  // namespace zipcache::ggml

@@ -7,7 +7,7 @@
 namespace zipcache::ggml {
 
 // nullptr when the host refuses a CPU backend.
-ggml_backend_t make_backend(ggml_backend_dev_t device, const char* params);
+ggml_backend_t make_backend(ggml_backend_dev_t device);
 
 // Found by the host through get_proc_address, called before graphs.
 void set_n_threads(ggml_backend_t backend, int n_threads);

@@ -10,9 +10,11 @@
 
 #include "ggml-backend-impl.h"
 #include "ggml.h"
+#include "ggml/guards.h"
 #include "ggml/log.h"
 #include "ggml/registry.h"
 #include "ggml/report.h"
+#include "ggml/tables.h"
 #include "ggml/take_over.h"
 
 namespace zipcache::ggml {
@@ -20,53 +22,78 @@ namespace {
 
 constexpr std::size_t kAlignment = 64;
 
-KvBuffer* context_of(ggml_backend_buffer_t buffer) {
-  return static_cast<KvBuffer*>(buffer->context);
+Status with_store(const KvTensor& kv, const auto& access) {
+  return kv.store == nullptr
+             ? unsupported("layer " + std::to_string(kv.layer) + " has keys without values")
+             : access(*kv.store);
 }
 
-// Runs `work` so that nothing is thrown into the host.
-template <typename Work>
-Status guarded(Work&& work) {
-  try {
-    return work();
-  } catch (const std::bad_alloc&) {
-    return out_of_memory("no memory left");
-  } catch (const std::exception& error) {
-    return invalid_argument(error.what());
-  }
-}
+struct Memory {
+  using Buffer = KvBuffer;
+  using Kv = KvTensor;
+  static const KvTensor* kv(const ggml_tensor* tensor) { return kv_tensor(tensor); }
+  static KvBuffer* buffer_of(const KvTensor& kv) { return kv.buffer; }
 
-// For callbacks by which the host can't be told: a line now, and the next graph fails.
-void must_succeed(KvBuffer* buffer, const char* what, const Status& done) {
-  if (!done) {
-    log_error(std::string(what) + ": " + done.error().message);
-    buffer->keep_error(done.error());
-  }
-}
-
-// Where byte `offset` of a KV tensor's view lies in the tensor itself.
-std::size_t offset_in_base(const ggml_tensor* tensor, std::size_t offset) {
-  return (tensor->view_src != nullptr ? tensor->view_offs : 0) + offset;
-}
-
-void free_buffer(ggml_backend_buffer_t buffer) {
-  KvBuffer* context = context_of(buffer);
-  if (context->has_kv()) {
-    const Status reported = guarded([&] {
-      report_closed(context);
+  static Status read(const KvTensor& kv, std::size_t offset, std::size_t size, void* out) {
+    if (kv.store == nullptr) {
+      std::memset(out, 0, size);
+    }
+    return with_store(kv, [&](KvStore& store) {
+      store.read(kv.tensor, offset, size, out);
       return ok_status();
     });
-    if (!reported) {
-      log_error(reported.error().message);
+  }
+  static Status write(const KvTensor& kv, std::size_t offset, std::size_t size, const void* data) {
+    return with_store(kv,
+                      [&](KvStore& store) { return store.write(kv.tensor, offset, size, data); });
+  }
+  static Status write_zeros(const KvTensor& kv, std::size_t offset, std::size_t size) {
+    return with_store(kv,
+                      [&](KvStore& store) { return store.write_zeros(kv.tensor, offset, size); });
+  }
+  static Status copy(const KvTensor& from, std::size_t from_offset, const KvTensor& to,
+                     std::size_t to_offset, std::size_t size) {
+    return with_store(from, [&](KvStore& source) {
+      return with_store(to, [&](KvStore& target) {
+        return target.copy(to.tensor, to_offset, size, source, from_offset);
+      });
+    });
+  }
+
+  static void fill(KvBuffer* /*buffer*/, void* to, int value, std::size_t size) {
+    std::memset(to, value, size);
+  }
+  static void set(KvBuffer* /*buffer*/, void* to, const void* from, std::size_t size) {
+    std::memcpy(to, from, size);
+  }
+  static void get(void* to, const void* from, std::size_t size) { std::memcpy(to, from, size); }
+  static void move(KvBuffer* /*buffer*/, void* to, const void* from, std::size_t size) {
+    std::memmove(to, from, size);
+  }
+
+  static void close(KvBuffer* buffer) {
+    if (buffer->has_kv()) {
+      report_closed(buffer);
     }
   }
-  delete context;
-}
-
-void* get_base(ggml_backend_buffer_t buffer) { return context_of(buffer)->base(); }
+  static ggml_status init(ggml_backend_buffer_t buffer, ggml_tensor* tensor);
+  static void clear(KvBuffer* buffer, std::uint8_t value) {
+    if (value != 0 && !buffer->has_kv()) {
+      std::memset(buffer->base(), value, buffer->size());
+      return;
+    }
+    // A KV cache is only ever cleared to zeros.
+    if (buffer->has_kv()) {
+      report_clearing(buffer);
+    }
+    const std::lock_guard lock(buffer->mutex());
+    buffer->clear();
+  }
+};
+using Table = BufferTable<Memory>;
 
 // Called for every tensor and view of every graph, so most calls must leave at the first line.
-ggml_status init_tensor(ggml_backend_buffer_t buffer, ggml_tensor* tensor) {
+ggml_status Memory::init(ggml_backend_buffer_t buffer, ggml_tensor* tensor) {
   if (tensor->view_src != nullptr || tensor->op != GGML_OP_NONE) {
     return GGML_STATUS_SUCCESS;
   }
@@ -74,148 +101,17 @@ ggml_status init_tensor(ggml_backend_buffer_t buffer, ggml_tensor* tensor) {
   if (!name) {
     return GGML_STATUS_SUCCESS;
   }
-  KvBuffer* context = context_of(buffer);
+  KvBuffer* context = Table::of(buffer);
   const bool first = !context->has_kv();
   const Status added = guarded([&] { return context->add(tensor, *name); });
   if (!added) {
-    log_error(added.error().message);
-    return added.error().code == ErrorCode::kOutOfMemory ? GGML_STATUS_ALLOC_FAILED
-                                                         : GGML_STATUS_FAILED;
+    return failed(added.error());
   }
   if (first) {
     report_opened(context);
   }
   return GGML_STATUS_SUCCESS;
 }
-
-// Runs `access` on the store of a KV tensor under its buffer's lock.
-template <typename Access>
-void with_store(const KvTensor* kv, const char* what, Access&& access) {
-  const std::lock_guard lock(kv->buffer->mutex());
-  must_succeed(
-      kv->buffer, what, guarded([&]() -> Status {
-        if (kv->store == nullptr) {
-          return unsupported("layer " + std::to_string(kv->layer) + " has keys without values");
-        }
-        return access(*kv->store);
-      }));
-}
-
-void memset_tensor(ggml_backend_buffer_t /*buffer*/, ggml_tensor* tensor, std::uint8_t value,
-                   std::size_t offset, std::size_t size) {
-  const KvTensor* kv = kv_tensor(tensor);
-  if (kv == nullptr) {
-    std::memset(static_cast<std::byte*>(tensor->data) + offset, value, size);
-    return;
-  }
-  with_store(kv, "filling the KV cache", [&](KvStore& store) -> Status {
-    if (value != 0) {
-      return unsupported("only zeros may fill it");
-    }
-    return store.write_zeros(kv->tensor, offset_in_base(tensor, offset), size);
-  });
-}
-
-void set_tensor(ggml_backend_buffer_t /*buffer*/, ggml_tensor* tensor, const void* data,
-                std::size_t offset, std::size_t size) {
-  const KvTensor* kv = kv_tensor(tensor);
-  if (kv == nullptr) {
-    std::memcpy(static_cast<std::byte*>(tensor->data) + offset, data, size);
-    return;
-  }
-  with_store(kv, "writing to the KV cache", [&](KvStore& store) {
-    return store.write(kv->tensor, offset_in_base(tensor, offset), size, data);
-  });
-}
-
-void get_tensor(ggml_backend_buffer_t /*buffer*/, const ggml_tensor* tensor, void* data,
-                std::size_t offset, std::size_t size) {
-  const KvTensor* kv = kv_tensor(tensor);
-  if (kv == nullptr) {
-    std::memcpy(data, static_cast<const std::byte*>(tensor->data) + offset, size);
-    return;
-  }
-  if (kv->store == nullptr) {
-    std::memset(data, 0, size);
-  }
-  with_store(kv, "reading the KV cache", [&](KvStore& store) {
-    store.read(kv->tensor, offset_in_base(tensor, offset), size, data);
-    return ok_status();
-  });
-}
-
-void copy_within_stores(const KvTensor* from, const ggml_tensor* source, const KvTensor* to,
-                        ggml_tensor* target) {
-  std::unique_lock lock_to(to->buffer->mutex(), std::defer_lock);
-  std::unique_lock lock_from(from->buffer->mutex(), std::defer_lock);
-  if (to->buffer == from->buffer) {
-    lock_to.lock();
-  } else {
-    std::lock(lock_to, lock_from);
-  }
-  must_succeed(to->buffer, "copying the KV cache", guarded([&]() -> Status {
-                 if (to->store == nullptr || from->store == nullptr) {
-                   return unsupported("keys without values");
-                 }
-                 return to->store->copy(to->tensor, offset_in_base(target, 0), ggml_nbytes(target),
-                                        *from->store, offset_in_base(source, 0));
-               }));
-}
-
-// False: the host copies by way of memory of its own.
-bool copy_tensor(ggml_backend_buffer_t buffer, const ggml_tensor* source, ggml_tensor* target) {
-  const ggml_backend_buffer_t source_buffer = base_of(source)->buffer;
-  if (source_buffer == nullptr || source_buffer->buft != buffer->buft) {
-    return false;
-  }
-  const KvTensor* from = kv_tensor(source);
-  const KvTensor* to = kv_tensor(target);
-  const std::size_t bytes = ggml_nbytes(source);
-  if (from != nullptr && to != nullptr && from->tensor == to->tensor) {
-    copy_within_stores(from, source, to, target);
-  } else if (from != nullptr && to != nullptr) {
-    return false;
-  } else if (from != nullptr) {
-    get_tensor(source_buffer, source, target->data, 0, bytes);
-  } else {
-    set_tensor(buffer, target, source->data, 0, bytes);
-  }
-  return true;
-}
-
-void clear_buffer(ggml_backend_buffer_t buffer, std::uint8_t value) {
-  KvBuffer* context = context_of(buffer);
-  if (value != 0 && !context->has_kv()) {
-    std::memset(context->base(), value, context->size());
-    return;
-  }
-  // A KV cache is only ever cleared to zeros.
-  const Status cleared = guarded([&] {
-    if (context->has_kv()) {
-      report_clearing(context);
-    }
-    const std::lock_guard lock(context->mutex());
-    context->clear();
-    return ok_status();
-  });
-  if (!cleared) {
-    log_error(cleared.error().message);
-  }
-}
-
-constexpr ggml_backend_buffer_i kBufferInterface = {
-    .free_buffer = free_buffer,
-    .get_base = get_base,
-    .init_tensor = init_tensor,
-    .memset_tensor = memset_tensor,
-    .set_tensor = set_tensor,
-    .get_tensor = get_tensor,
-    .set_tensor_2d = nullptr,  // ggml loops over set_tensor
-    .get_tensor_2d = nullptr,
-    .cpy_tensor = copy_tensor,
-    .clear = clear_buffer,
-    .reset = nullptr,
-};
 
 const char* get_name(ggml_backend_buffer_type_t /*type*/) { return kDeviceName; }
 
@@ -229,7 +125,7 @@ ggml_backend_buffer_t alloc_buffer(ggml_backend_buffer_type_t type, std::size_t 
   try {
     auto context =
         std::make_unique<KvBuffer>(static_cast<std::byte*>(base), size, current_settings());
-    return ggml_backend_buffer_init(type, kBufferInterface, context.release(), size);
+    return ggml_backend_buffer_init(type, Table::interface(), context.release(), size);
   } catch (const std::exception& error) {
     munmap(base, size);
     log_error(error.what());

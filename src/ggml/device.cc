@@ -1,6 +1,5 @@
 #include "ggml/device.h"
 
-#include <exception>
 #include <string>
 
 #include "ggml.h"
@@ -8,40 +7,11 @@
 #include "ggml/buffer.h"
 #include "ggml/log.h"
 #include "ggml/registry.h"
+#include "ggml/tables.h"
 #include "ggml/take_over.h"
 
 namespace zipcache::ggml {
 namespace {
-
-const char* get_name(ggml_backend_dev_t /*device*/) { return kDeviceName; }
-
-const char* get_description(ggml_backend_dev_t /*device*/) {
-  static const std::string kDescription =
-      std::string("compressed KV cache on ") + ggml_backend_dev_description(host().cpu);
-  return kDescription.c_str();
-}
-
-void get_memory(ggml_backend_dev_t /*device*/, std::size_t* free, std::size_t* total) {
-  ggml_backend_dev_memory(host().cpu, free, total);
-}
-
-// The host gives layers, with their KV cache, to devices of type GPU only.
-enum ggml_backend_dev_type get_type(ggml_backend_dev_t /*device*/) {
-  return GGML_BACKEND_DEVICE_TYPE_GPU;
-}
-
-void get_props(ggml_backend_dev_t device, ggml_backend_dev_props* props) {
-  ggml_backend_dev_get_props(host().cpu, props);
-  props->name = get_name(device);
-  props->description = get_description(device);
-  props->type = get_type(device);
-  props->device_id = nullptr;
-  props->caps.async = false;
-  props->caps.host_buffer = false;
-  props->caps.events = false;
-}
-
-ggml_backend_buffer_type_t get_buffer_type(ggml_backend_dev_t /*device*/) { return buffer_type(); }
 
 // Weights mapped from a file stay where they are.
 ggml_backend_buffer_t buffer_from_host_ptr(ggml_backend_dev_t /*device*/, void* data,
@@ -108,56 +78,28 @@ bool cpu_supports(const ggml_tensor* op) {
   return ggml_backend_dev_supports_op(host().cpu, op);
 }
 
-bool supports_op(ggml_backend_dev_t /*device*/, const ggml_tensor* op) {
-  try {
-    const NodeClass found = classify(op, buffer_type());
-    switch (found.kind) {
-      case NodeKind::kOther:
-        return cpu_supports(op);
-      case NodeKind::kStore:
-      case NodeKind::kAttend:
-      case NodeKind::kShift:
-        return true;
-      case NodeKind::kElsewhere:
-        // Left to the device of that layer: llama.cpp turns flash attention off (-fa auto) when it
-        // finds it on another one.
-        return false;
-      case NodeKind::kRefused:
-        // A "no" to a write would abort the process, and to a read would make llama.cpp compute it
-        // elsewhere, on a decompressed copy per step. So it is taken, and fails when computed.
-        log_warning_once(found.reason);
-        return true;
-    }
-  } catch (const std::exception& error) {
-    log_error(error.what());
+struct Device {
+  static constexpr const char* kName = kDeviceName;
+  static ggml_backend_dev_t inner() { return host().cpu; }
+  static ggml_backend_buffer_type_t buffer_type() { return ggml::buffer_type(); }
+  static NodeClass classify(const ggml_tensor* op) { return ggml::classify(op, buffer_type()); }
+  static bool inner_supports(const ggml_tensor* op) { return cpu_supports(op); }
+  static void note(const ggml_tensor* /*op*/, NodeKind /*kind*/) {}
+  static void restrict(ggml_backend_dev_props* props) {
+    props->device_id = nullptr;
+    props->caps.host_buffer = false;
   }
-  return false;
-}
-
-bool supports_buft(ggml_backend_dev_t /*device*/, ggml_backend_buffer_type_t type) {
-  return type == buffer_type() || ggml_backend_dev_supports_buft(host().cpu, type);
-}
+  static ggml_backend_t make_backend(ggml_backend_dev_t device) {
+    return ggml::make_backend(device);
+  }
+};
 
 }  // namespace
 
 ggml_backend_device_i device_interface() {
-  return {
-      .get_name = get_name,
-      .get_description = get_description,
-      .get_memory = get_memory,
-      .get_type = get_type,
-      .get_props = get_props,
-      .init_backend = make_backend,
-      .get_buffer_type = get_buffer_type,
-      .get_host_buffer_type = nullptr,
-      .buffer_from_host_ptr = buffer_from_host_ptr,
-      .supports_op = supports_op,
-      .supports_buft = supports_buft,
-      .offload_op = nullptr,
-      .event_new = nullptr,
-      .event_free = nullptr,
-      .event_synchronize = nullptr,
-  };
+  ggml_backend_device_i table = DeviceTable<Device>::make();
+  table.buffer_from_host_ptr = buffer_from_host_ptr;
+  return table;
 }
 
 }  // namespace zipcache::ggml

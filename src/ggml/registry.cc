@@ -12,6 +12,7 @@
 #include "ggml/device.h"
 #include "ggml/log.h"
 #include "ggml/report.h"
+#include "ggml/tables.h"
 
 namespace zipcache::ggml {
 namespace {
@@ -30,14 +31,6 @@ struct Globals {
 Globals& globals() {
   static auto* const kGlobals = new Globals;
   return *kGlobals;
-}
-
-const char* get_name(ggml_backend_reg_t /*registry*/) { return kDeviceName; }
-
-std::size_t get_device_count(ggml_backend_reg_t /*registry*/) { return 1; }
-
-ggml_backend_dev_t get_device(ggml_backend_reg_t /*registry*/, std::size_t /*index*/) {
-  return device();
 }
 
 // Settings for the KV caches made from now on, in place of those of an earlier call: lines of
@@ -77,7 +70,7 @@ const char* json_report() {
   return json.c_str();
 }
 
-void* get_proc_address(ggml_backend_reg_t /*registry*/, const char* name) {
+void* proc_address(const char* name) {
   const auto is = [name](const char* other) { return std::strcmp(name, other) == 0; };
   if (is("ggml_backend_set_n_threads")) {
     return reinterpret_cast<void*>(set_n_threads);
@@ -93,6 +86,12 @@ void* get_proc_address(ggml_backend_reg_t /*registry*/, const char* name) {
   }
   return nullptr;
 }
+
+struct Plugin {
+  static constexpr const char* kName = kDeviceName;
+  static ggml_backend_dev_t device() { return ggml::device(); }
+  static void* proc_address(const char* name) { return ggml::proc_address(name); }
+};
 
 Status set_up(Globals& all) {
   all.host = find_host();
@@ -114,12 +113,7 @@ Status set_up(Globals& all) {
   all.from_environment = std::move(*values);
   all.settings = std::move(*settings);
   all.kernels = *kernels;
-  all.registry = {.api_version = GGML_BACKEND_API_VERSION,
-                  .iface = {.get_name = get_name,
-                            .get_device_count = get_device_count,
-                            .get_device = get_device,
-                            .get_proc_address = get_proc_address},
-                  .context = nullptr};
+  all.registry = RegistryTable<Plugin>::make();
   all.device = {.iface = device_interface(), .reg = &all.registry, .context = nullptr};
   set_buffer_type_device(&all.device);
   return ok_status();

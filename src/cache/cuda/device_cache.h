@@ -1,21 +1,20 @@
 // DeviceCache: K and V of a group of layers in GPU memory. A PageTable says where tokens are; this
 // runs the kernels. One step of the engine:
 //
-//   begin_step()  reads which cells come and what their rows see (waits for the device, once),
-//   plans
-//                 the step for all layers and sends the plan
+//   begin_step()  reads which cells come and what their rows see (of the engine's bytes, or waits
+//                 for the device, once), plans the step for all layers and sends the plan
 //   run_layer()   of every layer, in the engine's order: stores the new tokens, attends, and, but
-//   in
-//                 decode, seals what is due. Only enqueues work
+//                 in decode, seals what is due. Only enqueues work
 //   end_step()    seals what is due in decode, of all layers: not among their launches, so that
-//   these
-//                 are the same in every step
+//                 these are the same in every step
 //
 // Not thread-safe. All work goes to the stream that is given.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
+#include <map>
 #include <memory>
 #include <optional>
 #include <span>
@@ -40,6 +39,12 @@ struct StepTensors {
   std::uint32_t n_cells = 0;  // that the mask covers
   std::uint32_t n_heads = 0;
   bool needs_window = false;  // soft cap, sinks or ALiBi
+  // Factors of the mask's bias by query head (ALiBi), host memory until begin_step() returns;
+  // empty: 1.
+  std::span<const float> slopes;
+
+  // The bytes of `rows` and `mask` in host memory, until begin_step() returns; empty: not known.
+  std::span<const std::byte> host_rows, host_mask;
 };
 
 // Of one layer: new keys and values [tokens, n_kv_heads, head_dim], strides in floats; queries and
@@ -56,9 +61,13 @@ struct LayerTensors {
   float* out = nullptr;  // [n_streams, n_per_stream, n_heads, head_dim]
   float scale = 1;
   float softcap = 0;
-  const float* slopes = nullptr;
   const float* sinks = nullptr;
 };
+
+// The engine's rotary embedding, in place: keys [n_tokens, n_kv_heads, head_dim], each at its
+// position; both device memory. All work before is done, and its own when it returns.
+using RotateKeys =
+    std::function<Status(float* keys, const std::int32_t* positions, std::uint32_t n_tokens)>;
 
 class DeviceCache {
  public:
@@ -74,7 +83,26 @@ class DeviceCache {
   // returned: the launches of the step and their arguments are the same. 0: no.
   std::uint64_t repeatable() const { return repeatable_; }
 
-  void clear() { table_.clear(); }
+  // Between steps, when no work of theirs is pending: rows of cells [first_cell, + n_cells) of a
+  // stream, [n_cells, n_kv_heads * head_dim], in host memory. Cells that hold nothing read as
+  // zeros. What is written stays exact until it is sealed: in a later step of the stream, by whose
+  // queries it is ranked.
+  Status read_rows(std::uint32_t index, bool is_key, std::uint32_t of_stream,
+                   std::uint32_t first_cell, std::uint32_t n_cells, HalfBits* out, Stream stream);
+  Status write_rows(std::uint32_t index, bool is_key, std::uint32_t of_stream,
+                    std::uint32_t first_cell, std::uint32_t n_cells, const HalfBits* rows);
+  // `to` holds what `from` holds, in all layers. Sealed tokens are not copied but shared.
+  Status copy_stream(std::uint32_t from, std::uint32_t to, Stream stream);
+
+  // A layer's keys of a stream, each turned by the shift of its cell. [n_cells]; keys of packed
+  // tokens are packed anew, in their classes.
+  Status rotate_keys(std::uint32_t index, std::uint32_t of_stream,
+                     std::span<const std::int32_t> shifts, const RotateKeys& rope, Stream stream);
+
+  void clear() {
+    table_.clear();
+    restored_.clear();
+  }
   const PageTable& table() const { return table_; }
   // As the driver counts them: all that was asked of it, scratch included.
   std::size_t device_bytes() const;
@@ -84,7 +112,11 @@ class DeviceCache {
   DeviceCache(const TableShape& shape, const policy::Policy& policy) : table_(shape, policy) {}
 
   Expected<Step> read_step(const StepTensors& in, Stream stream);
+  Status summarize(const StepTensors& in, Stream stream);
   Status make_room(const StepTensors& in, Stream stream);
+  Status make_room_for_pages(Stream stream);
+  Status make_room_for_streams(Stream stream);
+  Status send_block_cells(Stream stream);
   Status upload(const StepTensors& in, Stream stream);
   Status plan_decode_launch(Stream stream);
   template <typename T>
@@ -101,12 +133,34 @@ class DeviceCache {
   Status window_layer(std::uint32_t index, const LayerTensors& layer, Stream stream);
   Status keep(std::uint32_t index, std::size_t s, float scale, const ProbeParams& probes,
               Stream stream);
+  PackParams pack_params(std::uint32_t index, std::uint32_t of_stream, const PagedBlock& block,
+                         const RowsAt& rows, const PageEntry* pages) const;
   // Adds the probes' to that of the stream. nullptr: there were no queries yet.
   Expected<const float*> add_query_power(std::uint32_t index, const StreamStep& s,
                                          const ProbeParams& probes, Stream stream);
+  RowsAt dense_rows(HalfBits* k, HalfBits* v) const;
+  // `rows` by a token's place in block_cells(), or, of one block, in the block.
+  Status list_pages(std::uint32_t index, std::span<const std::shared_ptr<PagedBlock>> blocks,
+                    const std::int32_t* rows, bool by_cell, Stream stream);
+  Status unpack_listed(std::uint32_t index, std::uint32_t of_stream, std::uint32_t first_row,
+                       std::uint32_t end_row, const RowsAt& to, Stream stream);
+  std::span<const HalfBits> restored_row(std::uint32_t of_stream, std::uint32_t index, bool is_key,
+                                         std::size_t slot) const;
+  Status take_restored(std::uint32_t index, std::size_t n, Stream stream);
+  Status own_pages(std::uint32_t of_stream, std::span<const std::int32_t> shifts, Stream stream);
+  Status rotate(const RowsAt& rows, const std::vector<std::int32_t>& positions,
+                const RotateKeys& rope, Stream stream);
+  Status rotate_restored(std::uint32_t index, std::uint32_t of_stream,
+                         std::span<const std::int32_t> shifts, const RotateKeys& rope,
+                         Stream stream);
   std::uint64_t launch_key() const;
   RowsAt tail(std::uint32_t index, std::uint32_t stream) const;
   RowsAt window(std::size_t s) const;
+  template <typename T>
+  T* of_lane(const DeviceArray& scratch) const {
+    const std::size_t bytes = scratch.bytes() / n_lanes_ / 256 * 256;
+    return reinterpret_cast<T*>(scratch.as<std::byte>() + lane_ * bytes);
+  }
   const std::uint8_t* pool(std::uint32_t index) const;
 
   // Where the arrays of a stream's step are in uploaded_, in bytes.
@@ -132,14 +186,28 @@ class DeviceCache {
   DeviceArray block_cells_;
   std::uint64_t cells_version_ = 0;
 
-  // A step's.
+  // A step's. Layers that are sealed side by side have scratch of their own: window_, saliency_,
+  // order_ and workspace_ are there once per lane, so many bytes apart.
   std::size_t window_tokens_ = 0;  // per stream, of window_
+  std::size_t lane_ = 0, n_lanes_ = 1;
+  SideStreams lanes_;
   DeviceArray summary_, uploaded_, window_, q_half_, lse_, probe_q_, probe_lse_, saliency_, order_,
       workspace_, page_cells_, partials_, prefill_tickets_, prefill_partials_;
   PinnedArray summary_host_, upload_host_;
+  // Of the step's new tokens and of what their rows see, on the host; see StepInput.
+  std::vector<std::int64_t> rows_;
+  std::vector<std::uint8_t> flags_;
+  std::vector<std::int32_t> row_counts_;
   std::vector<std::byte> upload_bytes_;
-  std::size_t place_ = 0, ring_at_ = 0, tail_counts_ = 0, zeros_ = 0, ring_positions_ = 0;
+  std::size_t place_ = 0, ring_at_ = 0, tail_counts_ = 0, zeros_ = 0, slopes_ = 0;
+  bool has_slopes_ = false;
   std::vector<Uploaded> at_;
+
+  // Restored rows by stream: of every layer keys and values, [slots, n_kv_heads * head_dim].
+  std::map<std::uint32_t, std::vector<std::vector<HalfBits>>> restored_;
+  // Between steps.
+  DeviceArray dense_, listed_pages_, listed_sources_, moved_from_, moved_to_, floats_, iota_;
+  int n_listed_ = 0;
 
   // The decode launch.
   std::optional<DecodeSetup> decode_setup_;

@@ -205,9 +205,72 @@ Status LayeredArray::ensure(std::size_t bytes_per_layer, bool headroom, Stream s
   return ok_status();
 }
 
-PinnedArray::~PinnedArray() { cudaFreeHost(data_); }
+SideStreams::~SideStreams() {
+  for (std::size_t n = 0; n < kCount; ++n) {
+    if (streams_[n] != nullptr) {
+      cudaStreamSynchronize(streams_[n]);
+      cudaStreamDestroy(streams_[n]);
+    }
+    if (events_[n] != nullptr) {
+      cudaEventDestroy(static_cast<cudaEvent_t>(events_[n]));
+    }
+  }
+}
+
+Status SideStreams::fork(Stream from) {
+  cudaError_t error = cudaSuccess;
+  for (std::size_t n = 0; n < kCount && error == cudaSuccess; ++n) {
+    auto event = static_cast<cudaEvent_t>(events_[n]);
+    if (streams_[n] == nullptr) {
+      error = cudaStreamCreateWithFlags(&streams_[n], cudaStreamNonBlocking);
+    }
+    if (event == nullptr && error == cudaSuccess) {
+      error = cudaEventCreateWithFlags(&event, cudaEventDisableTiming);
+      events_[n] = event;
+    }
+    error = error == cudaSuccess ? cudaEventRecord(event, from) : error;
+    error = error == cudaSuccess ? cudaStreamWaitEvent(streams_[n], event, 0) : error;
+  }
+  return to_status(error, "fork");
+}
+
+Status SideStreams::join(Stream into) {
+  cudaError_t error = cudaSuccess;
+  for (std::size_t n = 0; n < kCount && error == cudaSuccess; ++n) {
+    const auto event = static_cast<cudaEvent_t>(events_[n]);
+    error = cudaEventRecord(event, streams_[n]);
+    error = error == cudaSuccess ? cudaStreamWaitEvent(into, event, 0) : error;
+  }
+  return to_status(error, "join");
+}
+
+PinnedArray::~PinnedArray() {
+  if (done_ != nullptr) {
+    cudaEventSynchronize(static_cast<cudaEvent_t>(done_));
+    cudaEventDestroy(static_cast<cudaEvent_t>(done_));
+  }
+  cudaFreeHost(data_);
+}
+
+Status PinnedArray::in_use(Stream stream) {
+  if (done_ == nullptr) {
+    cudaEvent_t event = nullptr;
+    if (Status ok = to_status(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "event");
+        !ok) {
+      return ok;
+    }
+    done_ = event;
+  }
+  return to_status(cudaEventRecord(static_cast<cudaEvent_t>(done_), stream), "event");
+}
 
 Status PinnedArray::ensure(std::size_t bytes) {
+  if (done_ != nullptr) {
+    if (Status ok = to_status(cudaEventSynchronize(static_cast<cudaEvent_t>(done_)), "copies");
+        !ok) {
+      return ok;
+    }
+  }
   if (bytes <= bytes_) {
     return ok_status();
   }

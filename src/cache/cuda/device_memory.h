@@ -70,6 +70,7 @@ class LayeredArray {
   T* layer(std::size_t index) const {
     return reinterpret_cast<T*>(static_cast<std::byte*>(data_) + index * per_layer_);
   }
+  std::size_t stride_bytes() const { return per_layer_; }
   std::size_t bytes() const { return n_layers_ * per_layer_; }
 
  private:
@@ -77,11 +78,35 @@ class LayeredArray {
   std::size_t n_layers_ = 0, per_layer_ = 0;
 };
 
+// Streams that work goes to side by side, between two points of another stream.
+class SideStreams {
+ public:
+  SideStreams() = default;
+  ~SideStreams();
+  SideStreams(const SideStreams&) = delete;
+  SideStreams& operator=(const SideStreams&) = delete;
+  static constexpr std::size_t kCount = 4;
+
+  Status fork(Stream from);  // what follows in them waits for the work so far in `from`
+  Status join(Stream into);  // and what follows in `into` for theirs
+  Stream operator[](std::size_t n) const { return streams_[n]; }
+
+ private:
+  Stream streams_[kCount] = {};
+  void* events_[kCount] = {};  // cudaEvent_t
+};
+
 // Host memory that copies to and from the device do not wait for.
 class PinnedArray {
  public:
+  PinnedArray() = default;
   ~PinnedArray();
+  PinnedArray(const PinnedArray&) = delete;
+  PinnedArray& operator=(const PinnedArray&) = delete;
+  // Waits for the copies that in_use() was told of.
   Status ensure(std::size_t bytes);
+  // The work so far in `stream` reads or writes it.
+  Status in_use(Stream stream);
   template <typename T>
   T* as() const {
     return static_cast<T*>(data_);
@@ -90,6 +115,7 @@ class PinnedArray {
  private:
   void* data_ = nullptr;
   std::size_t bytes_ = 0;
+  void* done_ = nullptr;  // cudaEvent_t
 };
 
 }  // namespace zipcache::cuda

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <string>
+#include <utility>
 
 #include "saliency/probes.h"
 
@@ -53,7 +54,7 @@ bool PageTable::fits_decode(const StepInput& in) {
     Stream& stream = streams_[in.first_stream + s];
     const auto flags = in.flags.subspan(std::size_t{s} * in.n_cells, in.n_cells);
     const auto new_cell = static_cast<std::int32_t>(in.rows[s] % shape_.n_cells);
-    if (stream.tail.size() >= kTailTokens) {
+    if (stream.tail.size() >= kTailTokens || !stream.restored.empty()) {
       return false;
     }
     // As after the step before, and one cell more: a comparison, not a search (33,000 cells a
@@ -100,6 +101,10 @@ bool PageTable::sees_all(const Stream& stream, std::span<const std::uint8_t> fla
 
 // The cell is written again.
 void PageTable::give_up(Stream& stream, std::int32_t cell) {
+  if (!stream.slot_of_cell.empty() && stream.slot_of_cell[cell] >= 0) {
+    stream.restored[std::exchange(stream.slot_of_cell[cell], -1)].cell = -1;
+    return;
+  }
   for (TailToken& token : stream.tail) {
     if (token.cell == cell) {
       token.cell = -1;
@@ -127,12 +132,16 @@ Expected<Step> PageTable::begin_step(const StepInput& in) {
   if (Status ok = check(in); !ok) {
     return ok.error();
   }
-  if (sets_.end() + std::uint64_t{shape_.n_kv_heads} * 2 * (in.rows.size() / kPageTokens + 1) >
-      kMaxSets) {
+  std::size_t n_rows = in.rows.size();
+  for (std::uint32_t s = 0; s < in.n_streams; ++s) {
+    n_rows += streams_[in.first_stream + s].restored.size();
+  }
+  if (sets_.end() + std::uint64_t{shape_.n_kv_heads} * 2 * (n_rows / kPageTokens + 1) > kMaxSets) {
     return unsupported(
         "ZipCacheCUDA: the cache holds " + std::to_string(sets_.end()) +
         " scale sets, supported up to 65536; raise ZIPCACHE_BLOCK or shorten the context");
   }
+  ++version_;
   Step step;
   step.is_decode = fits_decode(in);
   step.first_stream = in.first_stream;
@@ -155,8 +164,10 @@ StreamStep PageTable::plan_stream(const StepInput& in, std::uint32_t index, bool
   // as the others still fit into the tail.
   const std::uint32_t most_sinks = kTailTokens - policy_.hold_tokens - policy_.seal_tokens;
   std::vector<TailToken> added(n_new);
-  auto n_sinks = static_cast<std::uint32_t>(std::count_if(
-      stream.tail.begin(), stream.tail.end(), [](const TailToken& t) { return t.is_sink; }));
+  const auto is_sink = [](const TailToken& t) { return t.is_sink; };
+  auto n_sinks = static_cast<std::uint32_t>(
+      std::count_if(stream.tail.begin(), stream.tail.end(), is_sink) +
+      std::count_if(stream.restored.begin(), stream.restored.end(), is_sink));
   for (std::uint32_t row = 0; row < n_new; ++row) {
     const std::size_t at = std::size_t{index} * n_new + row;
     added[row].cell = static_cast<std::int32_t>(in.rows[at] % shape_.n_cells);
@@ -189,14 +200,24 @@ StreamStep PageTable::plan_stream(const StepInput& in, std::uint32_t index, bool
   };
   std::vector<TailToken> window;
   std::vector<std::int32_t> new_position(n_new);
-  std::vector<std::int32_t> from;  // tail positions by window position, < 0: new
+  std::vector<std::int32_t> from;  // by window position: place in the tail, or < 0
   std::uint32_t n_visible_sinks = 0, n_visible = 0;
   for (const int part : {0, 1, 2}) {  // sinks, others, hidden
+    const auto is_of_part = [&](const TailToken& token) {
+      return token.cell >= 0 && part == (is_hidden(token) ? 2 : token.is_sink ? 0 : 1);
+    };
     for (std::size_t i = 0; i < stream.tail.size(); ++i) {
-      const TailToken& token = stream.tail[i];
-      if (token.cell >= 0 && part == (is_hidden(token) ? 2 : token.is_sink ? 0 : 1)) {
+      if (is_of_part(stream.tail[i])) {
         from.push_back(static_cast<std::int32_t>(i));
-        window.push_back(token);
+        window.push_back(stream.tail[i]);
+      }
+    }
+    for (std::size_t slot = 0; slot < stream.restored.size(); ++slot) {
+      if (is_of_part(stream.restored[slot])) {
+        out.restored_from.push_back(static_cast<std::int32_t>(slot));
+        out.restored_to.push_back(static_cast<std::int32_t>(window.size()));
+        from.push_back(-1);
+        window.push_back(stream.restored[slot]);
       }
     }
     for (std::uint32_t row = 0; row < n_new; ++row) {
@@ -247,6 +268,8 @@ StreamStep PageTable::plan_stream(const StepInput& in, std::uint32_t index, bool
     stream.decode_flags.clear();
   }
   stream.n_seen += n_new;
+  stream.restored.clear();
+  stream.slot_of_cell.clear();
   stream.has_query_power = stream.has_query_power && !starts;
   if (is_decode && seals.empty()) {
     return out;
@@ -278,8 +301,8 @@ StreamStep PageTable::plan_stream(const StepInput& in, std::uint32_t index, bool
     seal_range(begin, n);
     begin += n;
   }
-  if (n_sealed_hidden > 0) {
-    seal_range(n_visible, n_sealed_hidden);
+  for (std::uint32_t sealed = 0; sealed < n_sealed_hidden; sealed += policy_.block_tokens) {
+    seal_range(n_visible + sealed, std::min(n_sealed_hidden - sealed, policy_.block_tokens));
   }
   stream.tail.clear();
   for (std::uint32_t i = 0; i < n_window; ++i) {
@@ -297,6 +320,7 @@ StreamStep PageTable::plan_stream(const StepInput& in, std::uint32_t index, bool
 std::shared_ptr<PagedBlock> PageTable::new_block(std::span<const std::int32_t> cells) {
   auto block = std::make_shared<PagedBlock>();
   block->serial = next_serial_++;
+  block->n_owners = std::make_shared<int>(1);
   block->n_tokens = block->n_live = static_cast<std::uint32_t>(cells.size());
   block->cells.assign(cells.begin(), cells.end());
   block->classes = block_classes(policy_, block->n_tokens);
@@ -329,6 +353,10 @@ std::shared_ptr<PagedBlock> PageTable::new_block(std::span<const std::int32_t> c
 }
 
 void PageTable::free_block(const PagedBlock& block) {
+  cells_.release(block.first_cell, block.n_tokens);
+  if (--*block.n_owners > 0) {
+    return;
+  }
   for (std::size_t i = 0; i < block.pages.size(); ++i) {
     const PageClass widths = classes_[block.pages[i].cls];
     units_.release(block.page_begin[i],
@@ -337,7 +365,6 @@ void PageTable::free_block(const PagedBlock& block) {
   }
   sets_.release(block.first_set, shape_.n_kv_heads * block.classes.n_key_sets);
   ranks_.release(block.first_rank, shape_.n_kv_heads * block.rank_stride());
-  cells_.release(block.first_cell, block.n_tokens);
 }
 
 void PageTable::clear() {
@@ -348,6 +375,7 @@ void PageTable::clear() {
 }
 
 void PageTable::clear_stream(std::uint32_t stream) {
+  ++version_;
   for (const auto& block : streams_[stream].blocks) {
     free_block(*block);
   }
@@ -369,8 +397,10 @@ std::uint64_t PageTable::sealed_tokens() const {
 std::uint64_t PageTable::live_tokens() const {
   std::uint64_t n = sealed_tokens();
   for (const Stream& stream : streams_) {
-    n += static_cast<std::uint64_t>(std::count_if(stream.tail.begin(), stream.tail.end(),
-                                                  [](const TailToken& t) { return t.cell >= 0; }));
+    const auto is_live = [](const TailToken& t) { return t.cell >= 0; };
+    n += static_cast<std::uint64_t>(
+        std::count_if(stream.tail.begin(), stream.tail.end(), is_live) +
+        std::count_if(stream.restored.begin(), stream.restored.end(), is_live));
   }
   return n;
 }

@@ -10,6 +10,7 @@
 #include <array>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -35,6 +36,7 @@ struct PagedBlock {
   std::uint32_t first_set = 0;            // of scale sets [n_kv_heads, n_key_sets]
   std::uint32_t first_rank = 0;           // of ranks [n_kv_heads, n_pages * kPageTokens]
   std::uint32_t first_cell = 0;           // of its cells in the shared list
+  std::shared_ptr<int> n_owners;          // blocks with these pages: those of copied streams share
   std::uint32_t rank_stride() const { return classes.n_pages() * kPageTokens; }
 };
 
@@ -62,9 +64,10 @@ struct StepInput {
 // What one stream does in a step. "Window" positions count its unsealed tokens: sinks first.
 struct StreamStep {
   std::uint32_t stream = 0;
-  std::vector<std::int32_t> gather_from, gather_to;  // tail -> window, before anything else
-  std::vector<std::int32_t> place;                   // of the new tokens: in the window or the tail
-  std::vector<std::int32_t> window_cells;            // [window]; of a decode step that seals, too
+  std::vector<std::int32_t> gather_from, gather_to;      // tail -> window, before anything else
+  std::vector<std::int32_t> restored_from, restored_to;  // slots of restore() -> window
+  std::vector<std::int32_t> place;         // of the new tokens: in the window or the tail
+  std::vector<std::int32_t> window_cells;  // [window]; of a decode step that seals, too
   std::vector<std::shared_ptr<const PagedBlock>> visible;  // blocks that some row sees
   std::vector<std::int32_t> probe_rows, probe_positions;   // window path: of the new tokens
   // The power of the queries goes on from the step before; false: the sequence is new.
@@ -100,6 +103,28 @@ class PageTable {
   void clear();
   // Of a stream: nothing is known of its cells any more.
   void clear_stream(std::uint32_t stream);
+  // `to` holds what `from` holds, in the same pages.
+  void copy_stream(std::uint32_t from, std::uint32_t to);
+
+  // Gives the stream's block pages of its own, if it shares them. Returns the block as it was,
+  // whose pages' contents are to be copied before anything else; nothing if it has its own.
+  std::optional<PagedBlock> own_pages(std::uint32_t stream, std::size_t block);
+
+  // Cells get rows from outside of a step; what they held is given up. Returns their slots among
+  // the stream's restored rows: its next step takes these into its window, and they are no more.
+  std::vector<std::int32_t> restore(std::uint32_t stream, std::span<const std::int32_t> cells);
+
+  // Where the tokens of a stream are: cells by place in the tail and by slot, < 0: none.
+  bool holds(std::uint32_t stream, std::uint32_t cell) const {
+    return held_[std::size_t{stream} * shape_.n_cells + cell];
+  }
+  std::vector<std::int32_t> tail_cells(std::uint32_t stream) const;
+  std::vector<std::int32_t> restored_cells(std::uint32_t stream) const;
+  const std::vector<std::shared_ptr<PagedBlock>>& blocks(std::uint32_t stream) const {
+    return streams_[stream].blocks;
+  }
+  // Changes with everything that changes the table.
+  std::uint64_t version() const { return version_; }
 
   const TableShape& shape() const { return shape_; }
   const policy::Policy& policy() const { return policy_; }
@@ -127,6 +152,8 @@ class PageTable {
   };
   struct Stream {
     std::vector<TailToken> tail;
+    std::vector<TailToken> restored;         // by slot
+    std::vector<std::int32_t> slot_of_cell;  // [n_cells], -1: not restored; or empty
     std::vector<std::shared_ptr<PagedBlock>> blocks;
     std::uint32_t n_seen = 0;  // tokens that came so far: seeds the probes
     bool has_factors = false;
@@ -154,6 +181,7 @@ class PageTable {
   std::vector<std::int32_t> block_cells_;
   std::uint64_t cells_version_ = 0;
   std::uint64_t next_serial_ = 1;
+  std::uint64_t version_ = 0;
   std::uint32_t streams_in_use_ = 0;
   std::vector<Stream> streams_;
   std::vector<bool> held_;  // [n_streams, n_cells]

@@ -56,6 +56,11 @@ class Engine {
                               .row_counts = counts});
   }
   void hide(std::uint32_t stream, int cell) { visible_[stream].erase(cell); }
+  // Rows come from outside, and the stream's later rows see them.
+  std::vector<std::int32_t> restore(std::uint32_t stream, const std::vector<std::int32_t>& list) {
+    visible_[stream].insert(list.begin(), list.end());
+    return table_.restore(stream, list);
+  }
   PageTable& table() { return table_; }
 
  private:
@@ -192,6 +197,144 @@ TEST(PageTable, HiddenSealedTokensTakeTheMaskedPath) {
   ASSERT_TRUE(step);
   EXPECT_FALSE(step->is_decode);
   EXPECT_EQ(step->streams[0].visible.size(), 1u);
+}
+
+TEST(PageTable, RestoredRowsAreSealedByTheNextStep) {
+  Engine engine(2);
+  const std::vector<std::int32_t> all = cells(0, 1000);
+  // Keys first, then values of the same cells: the same slots. In two runs.
+  const auto slots = engine.restore(1, {all.begin(), all.begin() + 700});
+  EXPECT_EQ(engine.restore(1, {all.begin(), all.begin() + 700}), slots);
+  EXPECT_EQ(engine.restore(1, {all.begin() + 700, all.end()}).front(), 700);
+  EXPECT_EQ(engine.table().live_tokens(), 1000u);
+  EXPECT_TRUE(engine.table().holds(1, 999));
+  const auto step = engine.step(1, 1, {1000});
+  ASSERT_TRUE(step);
+  EXPECT_FALSE(step->is_decode);
+  const StreamStep& s = step->streams[0];
+  ASSERT_EQ(s.restored_from.size(), 1000u);
+  EXPECT_TRUE(s.gather_from.empty());
+  for (std::size_t i = 0; i < s.restored_from.size(); ++i) {
+    EXPECT_EQ(s.window_cells[s.restored_to[i]], s.restored_from[i]);  // slot = cell here
+  }
+  EXPECT_EQ(s.window_cells[s.place[0]], 1000);
+  ASSERT_GE(s.seals.size(), 1u);
+  EXPECT_EQ(s.seals[0].window_begin, 4u);  // the first are the sinks
+  expect_all_kept(s);
+  EXPECT_EQ(engine.table().live_tokens(), 1001u);
+  EXPECT_TRUE(engine.table().restored_cells(1).empty());
+  const auto next = engine.step(1, 1, {1001});
+  ASSERT_TRUE(next);
+  EXPECT_TRUE(next->is_decode);
+}
+
+TEST(PageTable, RestoredRowsReplaceWhatTheirCellsHeld) {
+  Engine engine(1);
+  ASSERT_TRUE(engine.step(0, 1, cells(0, 512)));
+  engine.restore(0, {5, 100, 511});
+  EXPECT_EQ(engine.table().live_tokens(), 512u);
+  const auto step = engine.step(0, 1, {100});  // and one of them is written again
+  ASSERT_TRUE(step);
+  EXPECT_EQ(step->streams[0].restored_from, (std::vector<std::int32_t>{0, 2}));
+  expect_all_kept(step->streams[0]);
+  EXPECT_EQ(engine.table().live_tokens(), 512u);
+}
+
+TEST(PageTable, RestoredRowsThatNobodySeesAreSealedInBlocks) {
+  Engine engine(1);
+  engine.table().restore(0, cells(0, 1500));  // of another sequence
+  const auto step = engine.step(0, 1, cells(1500, 40));
+  ASSERT_TRUE(step);
+  for (const auto& seal : step->streams[0].seals) {
+    EXPECT_LE(seal.block->n_tokens, 512u);
+  }
+  expect_all_kept(step->streams[0]);
+}
+
+TEST(PageTable, CopiedStreamsSharePagesUntilTheLastIsGone) {
+  Engine engine(3);
+  ASSERT_TRUE(engine.step(0, 1, cells(0, 600)));
+  PageTable& table = engine.table();
+  const std::uint64_t bytes = table.pool_bytes();
+  table.copy_stream(0, 1);
+  table.copy_stream(1, 2);
+  EXPECT_EQ(table.live_tokens(), 1800u);
+  EXPECT_EQ(table.tail_cells(2), table.tail_cells(0));
+  ASSERT_EQ(table.blocks(2).size(), table.blocks(0).size());
+  EXPECT_EQ(table.blocks(2)[0]->pages[0].unit, table.blocks(0)[0]->pages[0].unit);
+  EXPECT_NE(table.blocks(2)[0]->first_cell, table.blocks(0)[0]->first_cell);
+  // A cell dies in one of them only.
+  const std::int32_t cell = table.blocks(0)[0]->cells[7];
+  table.restore(1, std::vector<std::int32_t>{cell});
+  EXPECT_EQ(table.blocks(0)[0]->cells[7], cell);
+  EXPECT_EQ(table.blocks(1)[0]->cells[7], -1);
+  // What the first leaves is not given to others while the third has it.
+  std::set<std::uint32_t> shared;
+  for (const auto& block : table.blocks(2)) {
+    for (const PageEntry& page : block->pages) {
+      shared.insert(page.unit);
+    }
+  }
+  table.clear_stream(0);
+  table.clear_stream(1);
+  std::vector<std::int64_t> rows;
+  std::vector<std::uint8_t> flags(kCells, kSeenByAny);
+  std::vector<std::int32_t> counts;
+  for (int n = 0; n < 600; ++n) {
+    rows.push_back(n);
+    counts.push_back(n + 1);
+  }
+  const auto fresh = table.begin_step({.first_stream = 0,
+                                       .n_streams = 1,
+                                       .n_per_stream = 600,
+                                       .n_cells = kCells,
+                                       .rows = rows,
+                                       .flags = flags,
+                                       .row_counts = counts});
+  ASSERT_TRUE(fresh);
+  for (const auto& seal : fresh->streams[0].seals) {
+    for (const PageEntry& page : seal.block->pages) {
+      EXPECT_FALSE(shared.contains(page.unit));
+    }
+  }
+  table.clear_stream(0);
+  table.clear_stream(2);
+  EXPECT_EQ(table.live_tokens(), 0u);
+  ASSERT_TRUE(table.begin_step({.first_stream = 0,
+                                .n_streams = 1,
+                                .n_per_stream = 600,
+                                .n_cells = kCells,
+                                .rows = rows,
+                                .flags = flags,
+                                .row_counts = counts}));
+  EXPECT_LE(table.pool_bytes(), 2 * bytes);  // the pages of the last one are free again
+}
+
+TEST(PageTable, SharedPagesAreGivenUpForOwnOnes) {
+  Engine engine(2);
+  ASSERT_TRUE(engine.step(0, 1, cells(0, 600)));
+  PageTable& table = engine.table();
+  EXPECT_FALSE(table.own_pages(0, 0));  // it shares none
+  table.copy_stream(0, 1);
+  table.restore(1, std::vector<std::int32_t>{table.blocks(1)[0]->cells[3]});  // one is dead
+  const PagedBlock before = *table.blocks(1)[0];
+  const std::optional<PagedBlock> shared = table.own_pages(1, 0);
+  ASSERT_TRUE(shared);
+  const PagedBlock& own = *table.blocks(1)[0];
+  EXPECT_EQ(shared->pages[0].unit, table.blocks(0)[0]->pages[0].unit);
+  EXPECT_EQ(own.cells, before.cells);
+  EXPECT_EQ(own.n_live, before.n_live);
+  EXPECT_NE(own.serial, before.serial);
+  EXPECT_NE(own.first_set, shared->first_set);
+  EXPECT_NE(own.first_rank, shared->first_rank);
+  ASSERT_EQ(own.pages.size(), shared->pages.size());
+  for (std::size_t n = 0; n < own.pages.size(); ++n) {
+    EXPECT_NE(own.pages[n].unit, shared->pages[n].unit);
+    EXPECT_EQ(own.pages[n].cls, shared->pages[n].cls);
+    EXPECT_EQ(own.pages[n].tokens, shared->pages[n].tokens);
+  }
+  EXPECT_FALSE(table.own_pages(1, 0));
+  EXPECT_FALSE(table.own_pages(0, 0));  // nor does the first any more
 }
 
 TEST(PageTable, RowsOutsideOfTheirStreamAreRefused) {

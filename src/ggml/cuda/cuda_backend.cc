@@ -1,6 +1,7 @@
 // One backend object of ZipCacheCUDA: hands runs of nodes to a CUDA backend of the host and the KV
-// nodes between them to the DeviceCache, on a stream of its own. Events keep the order; the host
-// waits once per graph, to learn which cells come and what their rows see.
+// nodes between them to the DeviceCache, on a stream of its own. Events keep the order. Which cells
+// come and what their rows see is read in the host's own bytes, or, where these are many, once per
+// graph from the device.
 //
 // A decode step whose launches are those of the step before is captured, the host's kernels
 // included, and repeated as one CUDA graph: crossing streams twice a layer costs nothing there.
@@ -9,25 +10,28 @@
 #include <algorithm>
 #include <cstring>
 #include <deque>
-#include <exception>
 #include <memory>
-#include <new>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
 #include "ggml-backend-impl.h"
 #include "ggml-impl.h"
+#include "ggml/attention_node.h"
 #include "ggml/buffer_locks.h"
 #include "ggml/cuda/cuda_buffer.h"
 #include "ggml/cuda/cuda_node.h"
 #include "ggml/cuda/cuda_registry.h"
+#include "ggml/cuda/cuda_shift.h"
+#include "ggml/guards.h"
 #include "ggml/log.h"
+#include "ggml/tables.h"
 
 namespace zipcache::ggml {
 namespace {
 
-// Nodes [0, n) for the host, then, if there is one, a layer of ours.
+// Nodes [0, n) for the host, then, if there is one, a layer of ours, or the shift of one's keys.
 struct Piece {
   // The first node is a dummy that changes with each run: the host's CUDA backend makes graphs of
   // its own of nodes that stay the same, and those can't be part of ours.
@@ -36,10 +40,13 @@ struct Piece {
   std::optional<CudaLayerNodes> layer;
   CudaGroup* group = nullptr;
   std::uint32_t index = 0;  // of the layer in its group
+  const ggml_tensor* shift = nullptr;
 };
 
 class Backend {
  public:
+  static constexpr const char* kName = kCudaDeviceName;
+
   Backend() : inner_(ggml_backend_dev_init(inner_device(), nullptr)) {
     if (inner_ == nullptr) {
       return;
@@ -84,7 +91,7 @@ class Backend {
     if (refusal_) {
       return failed(*refusal_);
     }
-    if (groups_.empty()) {
+    if (buffers_.empty()) {
       return ggml_backend_graph_compute_async(inner_, graph);
     }
     const BufferLocks<CudaKvBuffer> locks(buffers_);
@@ -94,7 +101,7 @@ class Backend {
       }
     }
     wait_for_theirs();
-    std::uint64_t key = uid_;
+    std::uint64_t key = groups_.empty() ? 0 : uid_;  // shifts are not repeated
     for (const auto& [group, nodes] : groups_) {
       if (Status begun = begin(group, nodes); !begun) {
         return failed(begun.error());
@@ -105,17 +112,14 @@ class Backend {
     Status done = repeat_or_run(key);
     for (const auto& [group, nodes] : groups_) {
       done = done ? group->cache->end_step(stream_) : done;
+      forget_host_bytes(nodes.keys->src[1]);
+      forget_host_bytes(nodes.attend->src[3]);
     }
     wait_for_ours();
     return done ? GGML_STATUS_SUCCESS : failed(done.error());
   }
 
  private:
-  static ggml_status failed(const Error& error) {
-    log_error(error.message);
-    return error.code == ErrorCode::kOutOfMemory ? GGML_STATUS_ALLOC_FAILED : GGML_STATUS_FAILED;
-  }
-
   void wait_for_theirs() {
     ggml_backend_event_record(theirs_done_, inner_);
     cudaStreamWaitEvent(stream_, static_cast<cudaEvent_t>(theirs_done_->context), 0);
@@ -130,7 +134,12 @@ class Backend {
     if (Status opened = group->buffer->open(group, shape.n_kv_heads, shape.key_dim); !opened) {
       return opened;
     }
-    if (Status begun = group->cache->begin_step(step_tensors(nodes), stream_); !begun) {
+    cuda::StepTensors step = step_tensors(nodes);
+    const std::vector<float> slopes = alibi_slopes(shape.n_heads, shape.max_bias);
+    step.slopes = slopes;
+    step.host_rows = host_bytes(nodes.keys->src[1]);
+    step.host_mask = host_bytes(nodes.attend->src[3]);
+    if (Status begun = group->cache->begin_step(step, stream_); !begun) {
       return begun;
     }
     const cache::Budget& budget = *group->buffer->settings().budget;
@@ -142,18 +151,42 @@ class Backend {
     return ok_status();
   }
 
-  // Seen once: run. Seen twice: captured. From then on: repeated. Where a graph of as many nodes
-  // has been captured before, the host's kernels have all the memory they need, and the first run
-  // is left out: a run without a graph costs as much as two steps.
+  // What the host wrote to an input before this graph, if that is known.
+  static std::span<const std::byte> host_bytes(const ggml_tensor* input) {
+    CudaKvBuffer* const buffer = input != nullptr ? cuda_buffer_of(input) : nullptr;
+    return buffer != nullptr ? buffer->host_inputs().bytes_of(input->data, ggml_nbytes(input))
+                             : std::span<const std::byte>();
+  }
+  static void forget_host_bytes(const ggml_tensor* input) {
+    if (CudaKvBuffer* const buffer = input != nullptr ? cuda_buffer_of(input) : nullptr) {
+      buffer->host_inputs().forget();
+    }
+  }
+
+  // Seen once: run, and captured while the device works on it. From then on: repeated. Where a
+  // graph of as many nodes has been captured before, the host's kernels have all the memory they
+  // need, and that run is left out: a run without a graph costs as much as two steps.
   Status repeat_or_run(std::uint64_t key) {
     if (key != 0 && key == captured_key_) {
       return cuda::to_status(cudaGraphLaunch(executable_, stream_), "graph launch");
     }
-    const bool seen = key != 0 && (key == last_key_ || graph_.n_nodes == captured_nodes_);
-    last_key_ = key;
-    if (!seen) {
+    if (key == 0) {
       return run_pieces();
     }
+    const bool is_first = graph_.n_nodes != captured_nodes_;
+    if (is_first) {
+      if (Status ran = run_pieces(); !ran) {
+        return ran;
+      }
+    }
+    if (Status captured = capture(key); !captured) {
+      return captured;
+    }
+    return is_first ? ok_status()
+                    : cuda::to_status(cudaGraphLaunch(executable_, stream_), "graph launch");
+  }
+
+  Status capture(std::uint64_t key) {
     captured_key_ = 0;
     cudaGraph_t captured = nullptr;
     Status begun =
@@ -179,7 +212,7 @@ class Backend {
     }
     captured_key_ = key;
     captured_nodes_ = graph_.n_nodes;
-    return cuda::to_status(cudaGraphLaunch(executable_, stream_), "graph launch");
+    return ok_status();
   }
 
   Status instantiate(cudaGraph_t captured) {
@@ -219,6 +252,11 @@ class Backend {
         }
         wait_for_theirs();
       }
+      if (piece.shift != nullptr) {
+        if (Status done = shift_keys(piece.shift, inner_, stream_); !done) {
+          return done;
+        }
+      }
       if (piece.layer) {
         Status done =
             piece.group->cache->run_layer(piece.index, layer_tensors(*piece.layer), stream_);
@@ -241,7 +279,6 @@ class Backend {
     groups_.clear();
     buffers_.clear();
     refusal_.reset();
-    last_key_ = 0;
     CudaLayerNodes layer;
     open_piece();
     for (int i = 0; i < graph->n_nodes && !refusal_; ++i) {
@@ -292,9 +329,17 @@ class Backend {
         }
         pieces_.back().nodes.push_back(node);
         return;
-      case NodeKind::kShift:
       case NodeKind::kRefused:
         refusal_ = unsupported(found.reason);
+        return;
+      case NodeKind::kShift:
+        if (layer->keys != nullptr || layer->values != nullptr) {
+          refusal_ = unsupported("keys are shifted while a layer stores them");
+          return;
+        }
+        pieces_.back().shift = node;
+        use(cuda_kv_tensor(node)->group->buffer);
+        open_piece();
         return;
       case NodeKind::kStore: {
         const CudaKvTensor* kv = cuda_kv_tensor(node);
@@ -331,13 +376,17 @@ class Backend {
                                     [&](const auto& entry) { return entry.first == keys->group; });
     if (known == groups_.end()) {
       groups_.emplace_back(keys->group, *layer);
-      if (std::find(buffers_.begin(), buffers_.end(), keys->group->buffer) == buffers_.end()) {
-        buffers_.push_back(keys->group->buffer);
-        std::sort(buffers_.begin(), buffers_.end());
-      }
+      use(keys->group->buffer);
     }
     *layer = {};
     open_piece();
+  }
+
+  void use(CudaKvBuffer* buffer) {
+    if (std::find(buffers_.begin(), buffers_.end(), buffer) == buffers_.end()) {
+      buffers_.push_back(buffer);
+      std::sort(buffers_.begin(), buffers_.end());
+    }
   }
 
   ggml_backend_t inner_;
@@ -353,51 +402,9 @@ class Backend {
   std::optional<Error> refusal_;
 
   std::uint64_t n_runs_ = 0;
-  std::uint64_t last_key_ = 0, captured_key_ = 0;
+  std::uint64_t captured_key_ = 0;
   int captured_nodes_ = 0;
   cudaGraphExec_t executable_ = nullptr;
-};
-
-Backend* context_of(ggml_backend_t backend) { return static_cast<Backend*>(backend->context); }
-
-const char* get_name(ggml_backend_t /*backend*/) { return kCudaDeviceName; }
-
-void free_backend(ggml_backend_t backend) {
-  delete context_of(backend);
-  delete backend;
-}
-
-void synchronize(ggml_backend_t backend) { context_of(backend)->synchronize(); }
-
-ggml_status compute_graph(ggml_backend_t backend, ggml_cgraph* graph) {
-  try {
-    return context_of(backend)->compute(graph);
-  } catch (const std::bad_alloc&) {
-    log_error("no memory left for a graph");
-    return GGML_STATUS_ALLOC_FAILED;
-  } catch (const std::exception& error) {
-    log_error(error.what());
-    return GGML_STATUS_FAILED;
-  }
-}
-
-constexpr ggml_backend_i kBackendInterface = {
-    .get_name = get_name,
-    .free = free_backend,
-    .set_tensor_async = nullptr,
-    .get_tensor_async = nullptr,
-    .set_tensor_2d_async = nullptr,
-    .get_tensor_2d_async = nullptr,
-    .cpy_tensor_async = nullptr,
-    .synchronize = synchronize,
-    .graph_plan_create = nullptr,
-    .graph_plan_free = nullptr,
-    .graph_plan_update = nullptr,
-    .graph_plan_compute = nullptr,
-    .graph_compute = compute_graph,
-    .event_record = nullptr,
-    .event_wait = nullptr,
-    .graph_optimize = nullptr,
 };
 
 ggml_guid_t guid() {
@@ -408,20 +415,15 @@ ggml_guid_t guid() {
 
 }  // namespace
 
-ggml_backend_t make_cuda_backend(ggml_backend_dev_t device, const char* /*params*/) {
-  try {
-    allow_repeats();
-    auto context = std::make_unique<Backend>();
-    if (!context->valid()) {
+ggml_backend_t make_cuda_backend(ggml_backend_dev_t device) {
+  return BackendTable<Backend>::create(device, guid(), []() -> std::unique_ptr<Backend> {
+    auto backend = std::make_unique<Backend>();
+    if (!backend->valid()) {
       log_error("the host's CUDA device gave no backend, events or stream");
       return nullptr;
     }
-    return new ggml_backend{
-        .guid = guid(), .iface = kBackendInterface, .device = device, .context = context.release()};
-  } catch (const std::exception& error) {
-    log_error(error.what());
-    return nullptr;
-  }
+    return backend;
+  });
 }
 
 }  // namespace zipcache::ggml

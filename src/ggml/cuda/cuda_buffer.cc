@@ -13,19 +13,14 @@
 #include "ggml-backend-impl.h"
 #include "ggml.h"
 #include "ggml/cuda/cuda_registry.h"
+#include "ggml/cuda/cuda_state.h"
+#include "ggml/guards.h"
 #include "ggml/log.h"
+#include "ggml/tables.h"
 #include "ggml/take_over.h"
 
 namespace zipcache::ggml {
 namespace {
-
-constexpr const char* kRemedy =
-    " is not served on CUDA yet (sequence state, stream copies, prompt caches); run without them "
-    "(llama-server: --cache-ram 0), or with -dev ZipCache";
-
-CudaKvBuffer* context_of(ggml_backend_buffer_t buffer) {
-  return static_cast<CudaKvBuffer*>(buffer->context);
-}
 
 // Copies of the host's own CUDA buffers work like this, too: ordered by synchronize(), not by
 // stream.
@@ -35,13 +30,6 @@ void finish(cudaError_t started, const char* what) {
   if (error != cudaSuccess) {
     log_error(std::string(what) + ": " + cudaGetErrorString(error));
   }
-}
-
-void refuse(const ggml_tensor* tensor, const char* what) {
-  const CudaKvTensor* kv = cuda_kv_tensor(tensor);
-  const Error error = unsupported(std::string(what) + kRemedy);
-  log_error(error.message);
-  kv->group->buffer->keep_error(error);
 }
 
 std::string report_line(const CudaKvBuffer& buffer, bool as_json) {
@@ -104,39 +92,64 @@ void report(const CudaKvBuffer& buffer) {
   }
 }
 
-void free_buffer(ggml_backend_buffer_t buffer) {
-  try {
-    report(*context_of(buffer));
-  } catch (const std::exception& error) {
-    log_error(error.what());
-  }
-  delete context_of(buffer);
-}
+struct Memory {
+  using Buffer = CudaKvBuffer;
+  using Kv = CudaKvTensor;
+  static const CudaKvTensor* kv(const ggml_tensor* tensor) { return cuda_kv_tensor(tensor); }
+  static CudaKvBuffer* buffer_of(const CudaKvTensor& kv) { return kv.group->buffer; }
+  static constexpr auto read = read_kv;
+  static constexpr auto write = write_kv;
+  static constexpr auto write_zeros = write_kv_zeros;
+  static constexpr auto copy = copy_kv;
 
-void* get_base(ggml_backend_buffer_t buffer) { return context_of(buffer)->base(); }
+  static void fill(CudaKvBuffer* buffer, void* to, int value, std::size_t size) {
+    buffer->host_inputs().written(to, size);
+    finish(cudaMemsetAsync(to, value, size, cudaStreamPerThread), "memset");
+  }
+  static void set(CudaKvBuffer* buffer, void* to, const void* from, std::size_t size) {
+    buffer->host_inputs().written(to, from, size);
+    finish(cudaMemcpyAsync(to, from, size, cudaMemcpyHostToDevice, cudaStreamPerThread),
+           "copy to the device");
+  }
+  static void get(void* to, const void* from, std::size_t size) {
+    finish(cudaMemcpyAsync(to, from, size, cudaMemcpyDeviceToHost, cudaStreamPerThread),
+           "copy from the device");
+  }
+  static void move(CudaKvBuffer* buffer, void* to, const void* from, std::size_t size) {
+    buffer->host_inputs().written(to, size);
+    finish(cudaMemcpyAsync(to, from, size, cudaMemcpyDeviceToDevice, cudaStreamPerThread),
+           "copy on the device");
+  }
+
+  static void close(CudaKvBuffer* buffer) { report(*buffer); }
+  static ggml_status init(ggml_backend_buffer_t buffer, ggml_tensor* tensor);
+  static void clear(CudaKvBuffer* buffer, std::uint8_t value) {
+    const std::lock_guard lock(buffer->mutex());
+    buffer->clear();
+    buffer->host_inputs().forget();
+    if (buffer->has_memory()) {
+      cudaDeviceSynchronize();
+      finish(cudaMemsetAsync(buffer->base(), value, buffer->size(), cudaStreamPerThread), "clear");
+    }
+  }
+};
+using Table = BufferTable<Memory>;
 
 // Called for every tensor and view of every graph, so most calls must leave at the first lines.
-ggml_status init_tensor(ggml_backend_buffer_t buffer, ggml_tensor* tensor) {
+ggml_status Memory::init(ggml_backend_buffer_t buffer, ggml_tensor* tensor) {
   if (tensor->view_src != nullptr) {
     return GGML_STATUS_SUCCESS;
   }
-  CudaKvBuffer* context = context_of(buffer);
-  Status done = ok_status();
-  try {
+  CudaKvBuffer* context = Table::of(buffer);
+  const Status done = guarded([&] {
     const auto name =
         takes_over() && tensor->op == GGML_OP_NONE ? parse_kv_name(tensor->name) : std::nullopt;
-    if (name) {
-      done = context->add(tensor, *name);
-    } else if (!context->has_memory()) {
-      done = context->give_memory();
-    }
-  } catch (const std::exception& error) {
-    done = invalid_argument(error.what());
-  }
+    return name                    ? context->add(tensor, *name)
+           : context->has_memory() ? ok_status()
+                                   : context->give_memory();
+  });
   if (!done) {
-    log_error(done.error().message);
-    return done.error().code == ErrorCode::kOutOfMemory ? GGML_STATUS_ALLOC_FAILED
-                                                        : GGML_STATUS_FAILED;
+    return failed(done.error());
   }
   // Matrix kernels read whole blocks of 512 elements of quantized rows: what follows must be zeros.
   if (ggml_is_quantized(tensor->type) && buffer->usage != GGML_BACKEND_BUFFER_USAGE_COMPUTE) {
@@ -151,76 +164,6 @@ ggml_status init_tensor(ggml_backend_buffer_t buffer, ggml_tensor* tensor) {
   return GGML_STATUS_SUCCESS;
 }
 
-void memset_tensor(ggml_backend_buffer_t /*buffer*/, ggml_tensor* tensor, std::uint8_t value,
-                   std::size_t offset, std::size_t size) {
-  if (cuda_kv_tensor(tensor) != nullptr) {
-    return refuse(tensor, "filling the KV cache");
-  }
-  finish(cudaMemsetAsync(static_cast<std::byte*>(tensor->data) + offset, value, size,
-                         cudaStreamPerThread),
-         "memset");
-}
-
-void set_tensor(ggml_backend_buffer_t /*buffer*/, ggml_tensor* tensor, const void* data,
-                std::size_t offset, std::size_t size) {
-  if (cuda_kv_tensor(tensor) != nullptr) {
-    return refuse(tensor, "writing to the KV cache");
-  }
-  finish(cudaMemcpyAsync(static_cast<std::byte*>(tensor->data) + offset, data, size,
-                         cudaMemcpyHostToDevice, cudaStreamPerThread),
-         "copy to the device");
-}
-
-void get_tensor(ggml_backend_buffer_t /*buffer*/, const ggml_tensor* tensor, void* data,
-                std::size_t offset, std::size_t size) {
-  if (cuda_kv_tensor(tensor) != nullptr) {
-    std::fill_n(static_cast<std::byte*>(data), size, std::byte{0});
-    return refuse(tensor, "reading the KV cache");
-  }
-  finish(cudaMemcpyAsync(data, static_cast<const std::byte*>(tensor->data) + offset, size,
-                         cudaMemcpyDeviceToHost, cudaStreamPerThread),
-         "copy from the device");
-}
-
-bool copy_tensor(ggml_backend_buffer_t buffer, const ggml_tensor* source, ggml_tensor* target) {
-  const ggml_backend_buffer_t from = base_of(source)->buffer;
-  if (from == nullptr || from->buft != buffer->buft) {
-    return false;
-  }
-  if (cuda_kv_tensor(source) != nullptr || cuda_kv_tensor(target) != nullptr) {
-    refuse(cuda_kv_tensor(source) != nullptr ? source : target, "copying the KV cache");
-    return true;
-  }
-  finish(cudaMemcpyAsync(target->data, source->data, ggml_nbytes(source), cudaMemcpyDeviceToDevice,
-                         cudaStreamPerThread),
-         "copy on the device");
-  return true;
-}
-
-void clear_buffer(ggml_backend_buffer_t buffer, std::uint8_t value) {
-  CudaKvBuffer* context = context_of(buffer);
-  const std::lock_guard lock(context->mutex());
-  context->clear();
-  if (context->has_memory()) {
-    cudaDeviceSynchronize();
-    finish(cudaMemsetAsync(context->base(), value, context->size(), cudaStreamPerThread), "clear");
-  }
-}
-
-constexpr ggml_backend_buffer_i kBufferInterface = {
-    .free_buffer = free_buffer,
-    .get_base = get_base,
-    .init_tensor = init_tensor,
-    .memset_tensor = memset_tensor,
-    .set_tensor = set_tensor,
-    .get_tensor = get_tensor,
-    .set_tensor_2d = nullptr,
-    .get_tensor_2d = nullptr,
-    .cpy_tensor = copy_tensor,
-    .clear = clear_buffer,
-    .reset = nullptr,
-};
-
 ggml_backend_buffer_type_t inner_type() { return ggml_backend_dev_buffer_type(inner_device()); }
 
 const char* get_name(ggml_backend_buffer_type_t /*type*/) { return kCudaDeviceName; }
@@ -232,7 +175,7 @@ ggml_backend_buffer_t alloc_buffer(ggml_backend_buffer_type_t type, std::size_t 
       log_error(ok.error().message);
       return nullptr;
     }
-    return ggml_backend_buffer_init(type, kBufferInterface, context.release(), size);
+    return ggml_backend_buffer_init(type, Table::interface(), context.release(), size);
   } catch (const std::exception& error) {
     log_error(error.what());
     return nullptr;
@@ -280,12 +223,11 @@ Status CudaKvBuffer::add(ggml_tensor* tensor, const KvName& name) {
            g.n_streams == narrow(tensor->ne[2]);
   });
   if (group == groups_.end()) {
-    groups_.push_back({.buffer = this,
-                       .row = narrow(tensor->ne[0]),
-                       .n_cells = narrow(tensor->ne[1]),
-                       .n_streams = narrow(tensor->ne[2]),
-                       .layers = {},
-                       .cache = nullptr});
+    CudaGroup& added = groups_.emplace_back();
+    added.buffer = this;
+    added.row = narrow(tensor->ne[0]);
+    added.n_cells = narrow(tensor->ne[1]);
+    added.n_streams = narrow(tensor->ne[2]);
     group = std::prev(groups_.end());
   }
   auto layer = std::find(group->layers.begin(), group->layers.end(), name.layer);
@@ -323,6 +265,21 @@ Status CudaKvBuffer::open(CudaGroup* group, std::uint32_t n_kv_heads, std::uint3
   return ok_status();
 }
 
+void CudaKvBuffer::note_heads(CudaGroup* group, std::uint32_t n_kv_heads, std::uint32_t head_dim) {
+  const std::lock_guard lock(mutex_);
+  group->n_kv_heads = n_kv_heads;
+  group->head_dim = head_dim;
+}
+
+Status CudaKvBuffer::open_as_noted(CudaGroup* group) {
+  if (group->cache != nullptr) {
+    return ok_status();
+  }
+  return group->n_kv_heads > 0
+             ? open(group, group->n_kv_heads, group->head_dim)
+             : unsupported("rows come before it is known how they split into heads");
+}
+
 void CudaKvBuffer::clear() {
   for (CudaGroup& group : groups_) {
     if (group.cache != nullptr) {
@@ -333,7 +290,6 @@ void CudaKvBuffer::clear() {
 }
 
 void CudaKvBuffer::keep_error(const Error& error) {
-  const std::lock_guard lock(mutex_);
   if (!error_) {
     error_ = error;
   }
@@ -344,6 +300,11 @@ std::optional<Error> CudaKvBuffer::take_error() { return std::exchange(error_, s
 ggml_backend_buffer_type_t cuda_buffer_type() { return &the_type; }
 
 void set_cuda_buffer_type_device(ggml_backend_dev_t device) { the_type.device = device; }
+
+CudaKvBuffer* cuda_buffer_of(const ggml_tensor* tensor) {
+  const ggml_backend_buffer_t buffer = base_of(tensor)->buffer;
+  return buffer != nullptr && buffer->buft == cuda_buffer_type() ? Table::of(buffer) : nullptr;
+}
 
 CudaKvTensor* cuda_kv_tensor(const ggml_tensor* tensor) {
   return takes_over() && is_kv(tensor, cuda_buffer_type())

@@ -19,11 +19,6 @@ std::int64_t floats(std::size_t bytes) { return static_cast<std::int64_t>(bytes 
 
 NodeClass classify_cuda(const ggml_tensor* node) {
   NodeClass found = classify(node, cuda_buffer_type());
-  if (found.kind == NodeKind::kShift) {
-    return {NodeKind::kShift,
-            "shifting the context is not served on CUDA; run without --context-shift and "
-            "--cache-reuse, or with -dev ZipCache"};
-  }
   if (found.kind == NodeKind::kStore && node->src[0]->type != GGML_TYPE_F32) {
     return refused(std::string("new rows of type ") + ggml_type_name(node->src[0]->type) +
                    " are not served on CUDA, f32 is");
@@ -40,9 +35,6 @@ NodeClass classify_cuda(const ggml_tensor* node) {
                    std::to_string(shape.n_kv_heads) +
                    " KV heads; on CUDA 64, 128 or 256 elements and up to 8 query heads per KV head "
                    "are served; use -dev ZipCache");
-  }
-  if (shape.max_bias > 0) {
-    return refused("ALiBi is not served on CUDA; use -dev ZipCache");
   }
   return found;
 }
@@ -64,7 +56,7 @@ cuda::StepTensors step_tensors(const CudaLayerNodes& nodes) {
   step.n_per_stream = shape.n_rows;
   step.n_cells = shape.n_cells;
   step.n_heads = shape.n_heads;
-  step.needs_window = shape.softcap > 0 || nodes.attend->src[4] != nullptr;
+  step.needs_window = shape.softcap > 0 || shape.max_bias > 0 || nodes.attend->src[4] != nullptr;
   return step;
 }
 

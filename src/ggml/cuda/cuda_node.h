@@ -7,7 +7,6 @@
 
 namespace zipcache::ggml {
 
-// kShift is refused, too; `reason` says why.
 NodeClass classify_cuda(const ggml_tensor* node);
 
 struct CudaLayerNodes {

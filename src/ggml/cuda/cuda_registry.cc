@@ -11,6 +11,7 @@
 #include "ggml-backend-impl.h"
 #include "ggml.h"
 #include "ggml/log.h"
+#include "ggml/tables.h"
 
 namespace zipcache::ggml {
 namespace {
@@ -30,12 +31,11 @@ Globals& globals() {
   return *kGlobals;
 }
 
-const char* get_name(ggml_backend_reg_t /*registry*/) { return kCudaDeviceName; }
-std::size_t get_device_count(ggml_backend_reg_t /*registry*/) { return 1; }
-ggml_backend_dev_t get_device(ggml_backend_reg_t /*registry*/, std::size_t /*index*/) {
-  return &globals().device;
-}
-void* get_proc_address(ggml_backend_reg_t /*registry*/, const char* /*name*/) { return nullptr; }
+struct Plugin {
+  static constexpr const char* kName = kCudaDeviceName;
+  static ggml_backend_dev_t device() { return &globals().device; }
+  static void* proc_address(const char* /*name*/) { return nullptr; }
+};
 
 Status set_up(Globals& all) {
   all.inner = ggml_backend_dev_by_name(kInnerName);
@@ -65,12 +65,7 @@ Status set_up(Globals& all) {
     log_info(policy::describe(*settings->policy) + "; CUDA" + (note.empty() ? "" : ": " + note));
     settings->policy = std::make_shared<const policy::Policy>(std::move(*used));
   }
-  all.registry = {.api_version = GGML_BACKEND_API_VERSION,
-                  .iface = {.get_name = get_name,
-                            .get_device_count = get_device_count,
-                            .get_device = get_device,
-                            .get_proc_address = get_proc_address},
-                  .context = nullptr};
+  all.registry = RegistryTable<Plugin>::make();
   all.device = {.iface = cuda_device_interface(), .reg = &all.registry, .context = nullptr};
   set_cuda_buffer_type_device(&all.device);
   all.settings = std::move(*settings);

@@ -23,6 +23,6 @@ const Settings& cuda_settings();
 ggml_backend_device_i cuda_device_interface();
 ggml_backend_buffer_type_t cuda_buffer_type();
 void set_cuda_buffer_type_device(ggml_backend_dev_t device);
-ggml_backend_t make_cuda_backend(ggml_backend_dev_t device, const char* params);
+ggml_backend_t make_cuda_backend(ggml_backend_dev_t device);
 
 }  // namespace zipcache::ggml

@@ -355,10 +355,12 @@ __global__ void __launch_bounds__(decode_threads(kHeadDim), kDecodeBlocksPerSm)
         const int tokens = __ldg(params.tail_tokens + item.row / params.n_kv_heads);
         const int64_t base = static_cast<int64_t>(item.row) * kTailTokens * kHeadDim;
         query.fold(q, group, params.scale, nullptr, nullptr, {kHalfBits}, warp, lane);
+        // Half a tile per warp: its loads follow each other, so more warps wait for fewer.
+        constexpr int kShare = kTileTokens / 2;
 #pragma unroll 1
-        for (int first = warp * kTileTokens; first < tokens; first += kWarps * kTileTokens) {
+        for (int first = warp * kShare; first < tokens; first += kWarps * kShare) {
           state.add_tail(params.tail_k + base + first * kHeadDim,
-                         params.tail_v + base + first * kHeadDim, min(tokens - first, kTileTokens),
+                         params.tail_v + base + first * kHeadDim, min(tokens - first, kShare),
                          query, lane);
         }
       }

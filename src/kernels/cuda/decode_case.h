@@ -2,6 +2,7 @@
 // launch. Shared by the tests of decode, of packing and of the tail.
 #pragma once
 
+#include <set>
 #include <vector>
 
 #include "kernels/cuda/cuda_kernels.h"
@@ -26,6 +27,12 @@ struct DecodeCase {
   int n_rows() const { return n_sequences() * n_kv_heads; }
   float scale() const { return 1.0f / std::sqrt(static_cast<float>(head_dim)); }
 };
+
+// How many chunks of wide channels are worth a case: one, half of all, all but one.
+inline std::set<int> wide_chunk_counts(int head_dim) {
+  const int n_chunks = head_dim / kChunkChannels;
+  return {1, n_chunks / 2, n_chunks - 1};
+}
 
 // A row's tokens as floats: [tokens][head_dim].
 struct DecodedRow {

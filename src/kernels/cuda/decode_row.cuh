@@ -348,7 +348,7 @@ struct RowState {
     }
   }
 
-  // 32 tokens of the fp16 tail, of which `tokens` (> 0) count. REQUIRES: apply_factors() was
+  // `tokens` (1..32) of the fp16 tail. REQUIRES: apply_factors() was
   // called.
   __device__ __forceinline__ void add_tail(const HalfBits* k, const HalfBits* v, int tokens,
                                            const QueryOperand<kHeadDim>& q, int lane) {

@@ -49,10 +49,10 @@ TEST_F(DecodeTest, EveryPairOfWidths) {
   }
 }
 
-// Every number of wide channels, with values of every width.
+// Few, half and most of the channels wide, values of several widths.
 TEST_F(DecodeTest, WideChannels) {
   for (const int head_dim : {64, 128, 256}) {
-    for (int chunks = 1; chunks < head_dim / kChunkChannels; ++chunks) {
+    for (const int chunks : wide_chunk_counts(head_dim)) {
       SCOPED_TRACE(::testing::Message() << "head_dim " << head_dim << ", " << chunks << " chunks");
       DecodeCase c;
       c.head_dim = head_dim;

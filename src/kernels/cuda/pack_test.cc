@@ -321,7 +321,7 @@ TEST_F(PackTest, LaterSegmentsKeepTheFactors) {
 
 TEST_F(PackTest, WideChannels) {
   for (const int head_dim : {64, 128, 256}) {
-    for (int chunks = 1; chunks < head_dim / kChunkChannels; ++chunks) {
+    for (const int chunks : wide_chunk_counts(head_dim)) {
       SCOPED_TRACE(::testing::Message() << "head_dim " << head_dim << ", " << chunks << " chunks");
       PackCase c;
       c.head_dim = head_dim;

@@ -141,6 +141,25 @@ TEST(Plan, LongRowsInWholePieces) {
   }
 }
 
+TEST(Plan, TailsOfFewRowsStandApart) {
+  for (const int pages : {64, 512}) {
+    const Lists lists(std::vector<int>(8, pages));
+    const PlanInput input = lists.input(264);
+    const DecodePlan plan = plan_decode(input);
+    check(lists, plan);
+    EXPECT_LE(plan.n_blocks, 264);
+    int n_tails = 0;
+    for (const WorkItem& item : plan.items) {
+      if ((item.bits & kItemWithTail) != 0) {
+        EXPECT_EQ(item.n_pages, 0);
+        EXPECT_GT(item.n_partials, 1);
+        ++n_tails;
+      }
+    }
+    EXPECT_EQ(n_tails, 8);
+  }
+}
+
 TEST(Plan, ShortRowsWhole) {
   const Lists lists(std::vector<int>(512, 64));
   const DecodePlan plan = plan_decode(lists.input(264));

@@ -265,7 +265,7 @@ TEST_F(PrefillTest, EveryPairOfWidths) {
 // Queries follow the order of every block's channels, and come back for the dense tokens.
 TEST_F(PrefillTest, WideChannels) {
   for (const int head_dim : {64, 128, 256}) {
-    for (int chunks = 1; chunks < head_dim / kChunkChannels; ++chunks) {
+    for (const int chunks : wide_chunk_counts(head_dim)) {
       SCOPED_TRACE(::testing::Message() << "head_dim " << head_dim << ", " << chunks << " chunks");
       PrefillCase c = small(head_dim);
       const auto wide = static_cast<std::uint8_t>(chunks);

@@ -1,0 +1,198 @@
+// The way of a decode step: the launch plan of all layers, two launches per layer, sealing after
+// the last one.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "cache/cuda/device_cache.h"
+#include "cache/cuda/step_status.h"
+#include "kernels/cuda/plan.h"
+
+namespace zipcache::cuda {
+
+// One row per (stream of the step, KV head); the plan holds until other blocks are in it.
+Status DeviceCache::plan_decode_launch(Stream stream) {
+  const TableShape& shape = table_.shape();
+  std::vector<std::uint64_t> wanted{step_.first_stream, step_.streams.size()};
+  for (const StreamStep& s : step_.streams) {
+    wanted.push_back(0);
+    for (const auto& block : s.visible) {
+      wanted.push_back(block->serial);
+    }
+  }
+  const auto& classes = table_.classes();
+  const int group = static_cast<int>(in_.n_heads / shape.n_kv_heads);
+  if (!decode_setup_) {
+    const auto setup = prepare_decode(static_cast<int>(shape.head_dim), group, classes);
+    if (!setup) {
+      return setup.error();
+    }
+    decode_setup_ = *setup;
+  }
+  if (wanted == planned_for_) {
+    return ok_status();
+  }
+  std::vector<PageEntry> pages;
+  std::vector<std::int32_t> row_begin{0};
+  for (const StreamStep& s : step_.streams) {
+    for (std::uint32_t head = 0; head < shape.n_kv_heads; ++head) {
+      // Block by block, so that each part of a row folds the query for its own few scale sets.
+      // Class by class, the block with a row's salient pages would fold it for all of them, two
+      // pages each, and end last.
+      for (const auto& block : s.visible) {
+        const auto n_pages = static_cast<std::ptrdiff_t>(block->classes.n_pages());
+        const auto first = block->pages.begin() + head * n_pages;
+        pages.insert(pages.end(), first, first + n_pages);
+      }
+      row_begin.push_back(static_cast<std::int32_t>(pages.size()));
+    }
+  }
+  const std::size_t n_rows = row_begin.size() - 1;
+  const std::vector<std::int32_t> set_base(n_rows, 0);
+  PlanInput input;
+  input.head_dim = static_cast<int>(shape.head_dim);
+  input.classes = classes;
+  input.pages = pages;
+  input.row_begin = row_begin;
+  input.set_base = set_base;
+  input.resident_blocks = decode_setup_->resident_blocks;
+  // As many blocks as there is any work for: runs of a scale set are short here, and each costs a
+  // block the time of a few tiles (4k tokens of one sequence, 32 layers: 3.58 ms a step with 72
+  // blocks, 3.46 ms with 264).
+  input.min_block_bytes = 16 << 10;
+  const DecodePlan plan = plan_decode(input);
+  ZC_TRY(plan_items_.ensure(plan.items.size() * sizeof(WorkItem), stream));
+  ZC_TRY(plan_pages_.ensure(std::max<std::size_t>(pages.size(), 1) * sizeof(PageEntry), stream));
+  ZC_TRY(partials_.ensure(static_cast<std::size_t>(plan.n_partials) *
+                              partial_floats(input.head_dim, group) * sizeof(float),
+                          stream));
+  ZC_TRY(tickets_.ensure(n_rows * sizeof(std::uint32_t), stream));
+  // From pageable memory: the copies are done with it when they return.
+  ZC_TRY(copy_async(plan_items_.as<WorkItem>(), plan.items.data(),
+                    plan.items.size() * sizeof(WorkItem), cudaMemcpyHostToDevice, stream));
+  ZC_TRY(copy_async(plan_pages_.as<PageEntry>(), pages.data(), pages.size() * sizeof(PageEntry),
+                    cudaMemcpyHostToDevice, stream));
+  n_blocks_ = plan.n_blocks;
+  planned_for_ = std::move(wanted);
+  return ok_status();
+}
+
+std::uint64_t DeviceCache::launch_key() const {
+  std::uint64_t key = 0xcbf29ce484222325u;
+  const auto mix = [&key](std::uint64_t value) { key = (key ^ value) * 0x100000001b3u; };
+  mix(static_cast<std::uint64_t>(n_blocks_));  // another plan in the same places changes nothing
+  mix(step_.first_stream << 8 | step_.streams.size());
+  for (const void* pointer :
+       {static_cast<const void*>(pool_.data()), key_sets_.layer<const void>(0),
+        key_orders_.layer<const void>(0), value_factors_.layer<const void>(0),
+        tail_k_.layer<const void>(0), tail_v_.layer<const void>(0), ring_q_.layer<const void>(0),
+        ring_lse_.layer<const void>(0), last_lse_.layer<const void>(0),
+        static_cast<const void*>(q_half_.as<std::byte>()),
+        static_cast<const void*>(uploaded_.as<std::byte>()),
+        static_cast<const void*>(plan_items_.as<std::byte>()),
+        static_cast<const void*>(plan_pages_.as<std::byte>()),
+        static_cast<const void*>(partials_.as<std::byte>()),
+        static_cast<const void*>(tickets_.as<std::byte>())}) {
+    mix(reinterpret_cast<std::uintptr_t>(pointer));
+  }
+  return key | 1;
+}
+
+Status DeviceCache::decode_layer(std::uint32_t index, const LayerTensors& layer, Stream stream) {
+  const TableShape& shape = table_.shape();
+  const std::size_t first = step_.first_stream;
+  const std::size_t query = std::size_t{in_.n_heads} * shape.head_dim;
+  float* const lse = last_lse_.layer<float>(index) + first * in_.n_heads;
+  HalfBits* const ring_q = ring_q_.layer<HalfBits>(index) + first * kProbeRing * query;
+  float* const ring_lse = ring_lse_.layer<float>(index) + first * kProbeRing * in_.n_heads;
+
+  IngestParams put = ingest_params(layer, 1, tail(index, step_.first_stream));
+  put.q = layer.q;
+  put.q_sequence_stride = layer.q_stream_stride;
+  put.q_query_stride = layer.q_query_stride;
+  put.q_head_stride = layer.q_head_stride;
+  put.q_half = q_half_.as<HalfBits>();
+  put.ring_q = ring_q;
+  put.ring_lse = ring_lse;
+  put.last_lse = lse;
+  put.ring_at = sent<std::int32_t>(ring_at_);
+  put.ring = kProbeRing;
+  ZC_TRY(ingest(put, stream));
+
+  DecodeParams attend;
+  attend.n_sequences = put.n_sequences;
+  attend.n_kv_heads = put.n_kv_heads;
+  attend.n_heads = put.n_heads;
+  attend.head_dim = put.head_dim;
+  attend.scale = layer.scale;
+  attend.q = put.q_half;
+  attend.out = layer.out;
+  attend.lse = lse;
+  attend.pool = pool(index);
+  attend.pages = plan_pages_.as<PageEntry>();
+  attend.key_sets = key_sets_.layer<HalfBits>(index);
+  attend.key_orders = key_orders_.layer<std::uint8_t>(index);
+  attend.value_factors =
+      value_factors_.layer<float>(index) + first * shape.n_kv_heads * shape.head_dim;
+  attend.tail_k = put.to.k;
+  attend.tail_v = put.to.v;
+  attend.tail_tokens = sent<std::int32_t>(tail_counts_);
+  attend.items = plan_items_.as<WorkItem>();
+  attend.n_blocks = n_blocks_;
+  attend.start_early = true;  // behind ingest(), which writes neither pages nor items
+  attend.partials = partials_.as<float>();
+  attend.tickets = tickets_.as<std::uint32_t>();
+  scale_ = layer.scale;
+  return decode(attend, *decode_setup_, stream);
+}
+
+Status DeviceCache::end_step(Stream stream) {
+  const bool seals = std::any_of(step_.streams.begin(), step_.streams.end(),
+                                 [](const StreamStep& s) { return !s.seals.empty(); });
+  if (step_.is_decode && seals) {
+    // Hundreds of small kernels: layers side by side.
+    ZC_TRY(lanes_.fork(stream));
+    Status done = ok_status();
+    for (std::uint32_t index = 0; done && index < table_.shape().n_layers; ++index) {
+      lane_ = index % n_lanes_;
+      done = seal_decoded(index, lanes_[lane_]);
+    }
+    lane_ = 0;
+    ZC_TRY(lanes_.join(stream));
+    ZC_TRY(done);
+  }
+  for (const StreamStep& s : step_.streams) {
+    if (!s.restored_from.empty()) {
+      restored_.erase(s.stream);
+    }
+  }
+  return ok_status();
+}
+
+Status DeviceCache::seal_decoded(std::uint32_t index, Stream stream) {
+  const TableShape& shape = table_.shape();
+  const std::size_t first = step_.first_stream;
+  const std::size_t query = std::size_t{in_.n_heads} * shape.head_dim;
+  const float* const lse = last_lse_.layer<float>(index) + first * in_.n_heads;
+  const HalfBits* const ring_q = ring_q_.layer<HalfBits>(index) + first * kProbeRing * query;
+  float* const ring_lse = ring_lse_.layer<float>(index) + first * kProbeRing * in_.n_heads;
+  for (std::size_t n = 0; n < step_.streams.size(); ++n) {
+    const StreamStep& s = step_.streams[n];
+    if (s.seals.empty()) {
+      continue;
+    }
+    ZC_TRY(gather(index, n, stream));
+    // The lse of this step's query has not got into the ring yet.
+    float* const lse_of_stream = ring_lse + n * kProbeRing * in_.n_heads;
+    ZC_TRY(copy_async(lse_of_stream + (kProbeRing - 1) * in_.n_heads, lse + n * in_.n_heads,
+                      in_.n_heads * sizeof(float), cudaMemcpyDeviceToDevice, stream));
+    ProbeParams probes;
+    probes.n_probes = static_cast<int>(at_[n].n_probes);
+    probes.q = ring_q + (n * kProbeRing + s.ring_first) * query;
+    probes.lse = lse_of_stream + s.ring_first * in_.n_heads;
+    ZC_TRY(keep(index, n, scale_, probes, stream));
+  }
+  return ok_status();
+}
+
+}  // namespace zipcache::cuda
