@@ -8,6 +8,11 @@
 #include "base/philox.h"
 
 namespace zipcache::cache {
+namespace {
+
+constexpr float kLargestPower = 65504.0f;  // of fp16
+
+}  // namespace
 
 StagedToken& Sealer::token(const LayerCache::Slot& slot) {
   return cache_.page(slot.segment)->tokens[slot.index];
@@ -47,7 +52,7 @@ TokenGroup& Sealer::take_over(const Visibility& visible, std::uint32_t row) {
   Slots seen;
   for (std::uint32_t id = 0; id < cache_.segments().size(); ++id) {
     const StagingPage* page = cache_.segments()[id].page.get();
-    for (std::uint32_t slot = 0; page != nullptr && slot < kPageTokens; ++slot) {
+    for (std::uint32_t slot = 0; page != nullptr && slot < page->capacity(); ++slot) {
       if (page->cells[slot] != kNoCell && page->tokens[slot].arrival < step_begin &&
           visible.sees(row, page->cells[slot])) {
         seen.push_back({id, slot});
@@ -165,7 +170,7 @@ std::uint32_t Sealer::count_staged(std::uint32_t group) const {
   std::uint32_t n = 0;
   for (const Segment& segment : cache_.segments()) {
     const StagingPage* page = segment.page.get();
-    for (std::uint32_t slot = 0; page != nullptr && slot < kPageTokens; ++slot) {
+    for (std::uint32_t slot = 0; page != nullptr && slot < page->capacity(); ++slot) {
       n += page->cells[slot] != kNoCell && page->tokens[slot].group == group &&
            !page->tokens[slot].sink;
     }
@@ -178,7 +183,7 @@ Sealer::Slots Sealer::staged(std::uint32_t group) const {
   const auto& segments = cache_.segments();
   for (std::uint32_t id = 0; id < segments.size(); ++id) {
     const StagingPage* page = segments[id].page.get();
-    for (std::uint32_t slot = 0; page != nullptr && slot < kPageTokens; ++slot) {
+    for (std::uint32_t slot = 0; page != nullptr && slot < page->capacity(); ++slot) {
       if (page->cells[slot] != kNoCell && page->tokens[slot].group == group &&
           !page->tokens[slot].sink) {
         slots.push_back({id, slot});
@@ -200,6 +205,7 @@ Status Sealer::end_step(TaskTeam* helpers) {
       return sealed;
     }
   }
+  cache_.settle_staging();
   cache_.compact_blocks();
   return ok_status();
 }
@@ -207,11 +213,12 @@ Status Sealer::end_step(TaskTeam* helpers) {
 Status Sealer::seal_group(const StepGroup& group) {
   const policy::Policy& policy = cache_.policy();
   const std::uint32_t n_staged = count_staged(group.id);
-  if (n_staged <= policy.hold_tokens) {
+  const std::uint32_t n_held = policy::held_tokens(policy, find_group(group.id).n_tokens);
+  if (n_staged <= n_held) {
     return seal_held_values(group.id);
   }
   const std::vector<std::uint32_t> blocks =
-      policy::plan_seal(policy, n_staged - policy.hold_tokens, group.n_rows);
+      policy::plan_seal(policy, n_staged - n_held, group.n_rows);
   if (blocks.empty()) {
     return seal_held_values(group.id);
   }
@@ -226,7 +233,6 @@ Status Sealer::seal_group(const StepGroup& group) {
     }
     begin += n;
   }
-  cache_.compact_staging();
   return seal_held_values(group.id);
 }
 
@@ -244,14 +250,17 @@ void Sealer::observe_queries(const float* q, std::size_t row_stride, std::size_t
   if (!balances && key.wide_bp == 0) {
     return;
   }
-  const std::uint32_t dim = cache_.key_dim();
+  const std::uint32_t dim = cache_.key_dim(), width = cache_.shape().key_row;
   for (const StepGroup& step : scratch_.groups) {
     TokenGroup& group = find_group(step.id);
     if (balances && !group.key_factors.empty()) {
       continue;
     }
-    std::vector<float>& sums = balances ? group.query_max : group.query_power;
-    sums.resize(cache_.shape().key_row);
+    if (balances) {
+      group.query_max.resize(width);
+    }
+    scratch_.query_sums.assign(width, 0.0f);
+    std::vector<float>& sums = balances ? group.query_max : scratch_.query_sums;
     for (const std::uint32_t row : std::span(scratch_.rows).subspan(step.first_row, step.n_rows)) {
       for (std::uint32_t head = 0; head < cache_.n_kv_heads() * heads_per_group; ++head) {
         const float* x = q + row * row_stride + head * head_stride;
@@ -260,6 +269,18 @@ void Sealer::observe_queries(const float* q, std::size_t row_stride, std::size_t
           sum[c] = balances ? std::max(sum[c], std::abs(x[c])) : sum[c] + x[c] * x[c];
         }
       }
+    }
+    if (balances) {
+      continue;
+    }
+    group.query_power.resize(width);
+    const auto n_before = static_cast<float>(step.ordinal);
+    const auto n_rows = static_cast<float>(step.n_rows);
+    for (std::uint32_t c = 0; c < width; ++c) {
+      const float before = half_to_float(group.query_power[c]);
+      const float mean =
+          (before * n_before + sums[c] / static_cast<float>(heads_per_group)) / (n_before + n_rows);
+      group.query_power[c] = float_to_half(mean < kLargestPower ? mean : kLargestPower);
     }
   }
 }
@@ -367,13 +388,15 @@ Status Sealer::seal_block(std::span<const LayerCache::Slot> oldest_first, std::u
     }
   }
   const TokenGroup& of = find_group(group);
+  std::vector<float> weights(of.query_power.size());
+  halves_to_floats(of.query_power.data(), weights.size(), weights.data());
   return cache_.seal(slots,
                      {.shape = shape,
                       .group = group,
                       .end_ordinal = of.n_tokens - n_after,
                       .holds_values = holds_values,
                       .key_factors = of.key_factors,
-                      .key_weights = of.query_power},
+                      .key_weights = weights},
                      tiers, helpers_);
 }
 

@@ -36,6 +36,7 @@ struct SealerScratch {
   std::vector<std::uint32_t> rows;          // group by group, ascending
   std::vector<std::uint32_t> chosen;        // probes of a group
   std::vector<float> weights;               // [rows of the step]
+  std::vector<float> query_sums;            // [key_row]: of q^2, of a group
 };
 
 class Sealer {

@@ -32,7 +32,14 @@ Policy default_preset() {
   policy.value.rules.keep_length = true;
   policy.value.salient_bp = 5000;
   policy.value.class_multiple = 32;  // values: a word of a 1-bit plane holds 32 tokens
-  policy.hold_tokens = kFillWindow;
+  // A short prompt pays for every token that waits: few do, in 8 bits (decision 0008).
+  policy.hold_tokens = 28;
+  policy.hold_share_bp = 156;
+  policy.staging_bits = 8;
+  policy.chunk_tokens = 16;
+  policy.min_ranked_tokens = 48;
+  policy.seal_multiple = 16;  // lanes of a group: a rest below is padding
+  policy.rest_tokens = 4;     // of which this many would cost more than to wait
   return policy;
 }
 
@@ -78,6 +85,7 @@ Policy make(SettingReader& in) {
                              "' are those of the publication");
   }
   read_schedule(in, policy);
+  read_staging(in, policy);
   read_ranking(in, policy);
   return policy;
 }
@@ -89,7 +97,7 @@ Method zipcache_method() {
           "more bits for salient tokens; measured best here",
           {"mode", "kv-bits", "key-bits", "value-bits", "key-salient", "value-salient", "key-clip",
            "key-wide", "key-wide-bits", "value-clip", "value-params", "sinks", "hold", "seal",
-           "block", "metric", "probes", "probe-positions", "seed"},
+           "block", "hold-share", "staging-bits", "metric", "probes", "probe-positions", "seed"},
           make,
           {{"paper", "the paper's text: 4 and 2 bits, 60 % salient"},
            {"official", "the published code: re-quantizes everything each time"}}};
