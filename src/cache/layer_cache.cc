@@ -317,7 +317,7 @@ ByteCount LayerCache::bytes() const {
   for (const TokenGroup& group : groups_) {
     count.masks += sizeof group +
                    (group.query_max.size() + group.key_factors.size()) * sizeof(float) +
-                   group.query_power.size() * sizeof(Half);
+                   group.query_power.size();
   }
   for (const auto& piece : owners_) {
     count.masks += sizeof(piece) + (piece != nullptr ? kMapCells * sizeof(std::uint16_t) : 0);

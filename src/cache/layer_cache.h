@@ -76,8 +76,9 @@ struct TokenGroup {
   // Policies that balance keys: [key_row] max |q| per channel of each KV head until the first
   // sealing, from then on the factors of its keys.
   std::vector<float> query_max{}, key_factors{};
-  // Policies with wide channels: [key_row] mean of q^2 per channel of each KV head, over its tokens.
-  std::vector<Half> query_power{};
+  // Policies with wide channels: [key_row] mean of q^2 per channel of each KV head, over its tokens,
+  // in eighths of octaves: 2^((code - 128) / 8), 0 = none.
+  std::vector<std::uint8_t> query_power{};
 };
 
 class LayerCache {

@@ -6,6 +6,13 @@
 #include "cache/layer_cache.h"
 
 namespace zipcache::cache {
+namespace {
+
+// A step of more tokens is a chunk of a prompt: what it leaves is trimmed to size. One of
+// generation leaves room for the next, which then allocates nothing.
+constexpr std::uint32_t kMostGenerated = 8;
+
+}  // namespace
 
 StagingPage::Shape LayerCache::page_shape(std::uint32_t capacity, bool packed) const {
   return {.capacity = capacity,
@@ -17,10 +24,13 @@ StagingPage::Shape LayerCache::page_shape(std::uint32_t capacity, bool packed) c
           .has_squares = policy_->seals() && policy_->metric == saliency::Metric::kRoco};
 }
 
-// Capacity of a packed page that has its tokens and little more: a long cache can afford to grow in
+// Capacity of a packed page for so many tokens and little more: a long cache can afford to grow in
 // larger steps than a short one.
 std::uint32_t LayerCache::fitting(std::uint32_t n_tokens) const {
   constexpr std::uint32_t kLeastStep = 4;
+  if (newest_cells_.size() > kMostGenerated) {
+    return std::min(n_tokens, kPageTokens);
+  }
   const std::uint32_t step = std::clamp(static_cast<std::uint32_t>(n_live_) / 1024, 1u, 8u);
   return std::min(static_cast<std::uint32_t>(round_up(n_tokens, kLeastStep * step)), kPageTokens);
 }
@@ -92,7 +102,6 @@ Status LayerCache::pack_staged() {
   for (const Segment& segment : segments_) {
     n_waiting += segment.page != nullptr && !segment.page->shape.packed ? segment.page->used : 0;
   }
-  constexpr std::uint32_t kMostKept = 8;
   bool keeps_page = true;
   for (std::uint32_t id = 0; id < segments_.size(); ++id) {
     if (segments_[id].page == nullptr || segments_[id].page->shape.packed) {
@@ -110,7 +119,7 @@ Status LayerCache::pack_staged() {
       move_token(id, slot, *to);
       --n_waiting;
     }
-    if (keeps_page && capacity <= kMostKept && std::uint64_t{capacity} * 256 <= n_live_) {
+    if (keeps_page && capacity <= kMostGenerated && std::uint64_t{capacity} * 256 <= n_live_) {
       keeps_page = false;
       segments_[id].page->has_non_finite = false;
     } else {
@@ -157,6 +166,13 @@ void LayerCache::settle_staging() {
       return;
     }
     (void)compact_pages(packs());
+    if (packs() && newest_cells_.size() > kMostGenerated) {
+      while (!segments_.empty() && segments_.back().page == nullptr &&
+             segments_.back().block == nullptr) {
+        segments_.pop_back();
+      }
+      segments_.shrink_to_fit();
+    }
   } catch (const std::bad_alloc&) {
     return;
   }

@@ -10,7 +10,19 @@
 namespace zipcache::cache {
 namespace {
 
-constexpr float kLargestPower = 65504.0f;  // of fp16
+// TokenGroup::query_power
+float power_of(std::uint8_t code) {
+  return code == 0 ? 0.0f : std::exp2((static_cast<float>(code) - 128.0f) / 8.0f);
+}
+std::uint8_t power_code(float power) {
+  if (!(power > 0.0f)) {  // NaN, too
+    return 0;
+  }
+  return static_cast<std::uint8_t>(
+      std::clamp(std::nearbyint(8.0f * std::log2(power)) + 128.0f, 1.0f, 255.0f));
+}
+// Fewer new tokens than this share of a group move its mean by less than a step of the code.
+constexpr std::uint32_t kPowerShare = 16;
 
 }  // namespace
 
@@ -253,14 +265,12 @@ void Sealer::observe_queries(const float* q, std::size_t row_stride, std::size_t
   const std::uint32_t dim = cache_.key_dim(), width = cache_.shape().key_row;
   for (const StepGroup& step : scratch_.groups) {
     TokenGroup& group = find_group(step.id);
-    if (balances && !group.key_factors.empty()) {
+    if (balances ? !group.key_factors.empty() : step.n_rows < step.ordinal / kPowerShare) {
       continue;
-    }
-    if (balances) {
-      group.query_max.resize(width);
     }
     scratch_.query_sums.assign(width, 0.0f);
     std::vector<float>& sums = balances ? group.query_max : scratch_.query_sums;
+    sums.resize(width);
     for (const std::uint32_t row : std::span(scratch_.rows).subspan(step.first_row, step.n_rows)) {
       for (std::uint32_t head = 0; head < cache_.n_kv_heads() * heads_per_group; ++head) {
         const float* x = q + row * row_stride + head * head_stride;
@@ -270,18 +280,21 @@ void Sealer::observe_queries(const float* q, std::size_t row_stride, std::size_t
         }
       }
     }
-    if (balances) {
-      continue;
+    if (!balances) {
+      add_query_power(group, step, heads_per_group);
     }
-    group.query_power.resize(width);
-    const auto n_before = static_cast<float>(step.ordinal);
-    const auto n_rows = static_cast<float>(step.n_rows);
-    for (std::uint32_t c = 0; c < width; ++c) {
-      const float before = half_to_float(group.query_power[c]);
-      const float mean =
-          (before * n_before + sums[c] / static_cast<float>(heads_per_group)) / (n_before + n_rows);
-      group.query_power[c] = float_to_half(mean < kLargestPower ? mean : kLargestPower);
-    }
+  }
+}
+
+void Sealer::add_query_power(TokenGroup& group, const StepGroup& step,
+                             std::uint32_t heads_per_group) const {
+  group.query_power.resize(cache_.shape().key_row);
+  const auto n_before = static_cast<float>(step.ordinal);
+  const float n_all = n_before + static_cast<float>(step.n_rows);
+  for (std::size_t c = 0; c < group.query_power.size(); ++c) {
+    const float added = scratch_.query_sums[c] / static_cast<float>(heads_per_group);
+    group.query_power[c] =
+        power_code((power_of(group.query_power[c]) * n_before + added) / n_all);
   }
 }
 
@@ -389,7 +402,7 @@ Status Sealer::seal_block(std::span<const LayerCache::Slot> oldest_first, std::u
   }
   const TokenGroup& of = find_group(group);
   std::vector<float> weights(of.query_power.size());
-  halves_to_floats(of.query_power.data(), weights.size(), weights.data());
+  std::transform(of.query_power.begin(), of.query_power.end(), weights.begin(), power_of);
   return cache_.seal(slots,
                      {.shape = shape,
                       .group = group,

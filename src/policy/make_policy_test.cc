@@ -65,7 +65,9 @@ TEST(MakePolicy, DefaultMode) {
   EXPECT_EQ(policy.hold_tokens, 28u);
   EXPECT_EQ(policy.seal_tokens, 64u);
   EXPECT_EQ(policy.seal_multiple, 16u);
-  EXPECT_EQ(policy.rest_tokens, 4u);
+  EXPECT_EQ(policy.rest_tokens, 3u);
+  EXPECT_EQ(policy.min_ranked_tokens, 48u);
+  EXPECT_EQ(policy.hold_share_bp, 300u);
   EXPECT_EQ(policy.staging_bits, 8);
   EXPECT_EQ(policy.block_tokens, 512u);
   EXPECT_FALSE(policy.requantize_all);
@@ -492,12 +494,12 @@ TEST(Describe, OneLine) {
   EXPECT_EQ(describe(policy_of({})),
             "zipcache default: K channelwise 4/2 bits (20 % salient, 50 % of channels 4 bits, clip "
             "1/0.7), V channel-separable 3/2 bits (50 % salient, clip 1/0.75, byte params); 4 "
-            "sinks, hold 28 or 1.56 %, 8 bits until sealed, seal 64 in blocks of 512; metric "
+            "sinks, hold 28 or 3 %, 8 bits until sealed, seal 64 in blocks of 512; metric "
             "normalized, probes default, seed 0");
   EXPECT_EQ(describe(policy_of({{"kv-bits", "2.75"}})),
             "zipcache default of at most 2.75 bits: K channelwise 4/2 bits (some of channels 4 "
             "bits, clip 1/0.7), V channel-separable 3/2 bits (clip 1/0.75, byte params); 4 sinks, "
-            "hold 28 or 1.56 %, 8 bits until sealed, seal 64 in blocks of 512; metric normalized, "
+            "hold 28 or 3 %, 8 bits until sealed, seal 64 in blocks of 512; metric normalized, "
             "probes default, seed 0");
   EXPECT_EQ(describe(policy_of({{"policy", "uniform"}, {"granularity", "groupwise"}})),
             "uniform: K tokenwise by 32 4 bits (clip 1, half params), V tokenwise by 32 4 bits "

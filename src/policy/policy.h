@@ -62,8 +62,10 @@ struct Policy {
   // remains if that is more than `rest_tokens`, in blocks of at most `block_tokens` (0 = one block).
   std::uint32_t sink_tokens = 4;
   std::uint32_t hold_tokens = 28;
-  std::uint32_t hold_share_bp = 10000;  // held at most: this share of the sequence's tokens so far
-  std::uint32_t hold_bp = 0;            // held at least: this share
+  // Held at most: this share of a sequence's tokens so far, but for the first `hold_after`.
+  std::uint32_t hold_share_bp = 10000;
+  std::uint32_t hold_after = 0;
+  std::uint32_t hold_bp = 0;  // held at least: this share of a sequence's tokens so far
   std::uint32_t seal_tokens = 64;
   // A step of this many tokens or more is a chunk of a prompt and seals as few as these.
   std::uint32_t chunk_tokens = UINT32_MAX;

@@ -146,10 +146,15 @@ std::uint32_t least_centibits(const Policy& policy, std::uint32_t n_tokens,
 }
 
 std::uint32_t held_tokens(const Policy& policy, std::uint32_t n_tokens) {
-  const auto share = [n_tokens](std::uint32_t basis_points) {
-    return static_cast<std::uint32_t>(std::uint64_t{n_tokens} * basis_points / 10000);
+  const auto share = [](std::uint32_t n, std::uint32_t basis_points) {
+    return static_cast<std::uint32_t>(std::uint64_t{n} * basis_points / 10000);
   };
-  return std::max(std::min(policy.hold_tokens, share(policy.hold_share_bp)), share(policy.hold_bp));
+  std::uint32_t most = policy.hold_tokens;
+  if (policy.hold_share_bp < 10000) {
+    const std::uint32_t beyond = n_tokens - std::min(n_tokens, policy.hold_after);
+    most = std::min(most, share(beyond, policy.hold_share_bp));
+  }
+  return std::max(most, share(n_tokens, policy.hold_bp));
 }
 
 std::vector<std::uint32_t> plan_seal(const Policy& policy, std::uint32_t n_sealable,

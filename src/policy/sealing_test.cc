@@ -32,23 +32,23 @@ TEST(PlanSeal, DefaultSealsARestThatWouldCostMoreToWait) {
   const Policy policy = policy_of({{"block", "256"}});
   EXPECT_EQ(plan_seal(policy, 63, 1), Blocks{});
   EXPECT_EQ(plan_seal(policy, 64, 1), (Blocks{64}));
-  EXPECT_EQ(plan_seal(policy, 68, 1), (Blocks{64}));
-  EXPECT_EQ(plan_seal(policy, 69, 1), (Blocks{69}));
+  EXPECT_EQ(plan_seal(policy, 67, 1), (Blocks{64}));
+  EXPECT_EQ(plan_seal(policy, 68, 1), (Blocks{68}));
   EXPECT_EQ(plan_seal(policy, 256, 256), (Blocks{256}));
-  EXPECT_EQ(plan_seal(policy, 260, 260), (Blocks{256}));
-  EXPECT_EQ(plan_seal(policy, 261, 261), (Blocks{144, 117}));
+  EXPECT_EQ(plan_seal(policy, 259, 259), (Blocks{256}));
+  EXPECT_EQ(plan_seal(policy, 260, 260), (Blocks{144, 116}));
   EXPECT_EQ(plan_seal(policy, 517, 517), (Blocks{176, 176, 165}));
 }
 
-TEST(HeldTokens, AreAShareOfAShortSequence) {
-  const Policy policy = policy_of({{"hold", "28"}, {"hold-share", "1.6"}});
+TEST(HeldTokens, AreAShareOfWhatIsBeyondAShortSequence) {
+  const Policy policy = policy_of({{"hold", "28"}, {"hold-share", "4"}});
   EXPECT_EQ(held_tokens(policy, 0), 0u);
-  EXPECT_EQ(held_tokens(policy, 62), 0u);
-  EXPECT_EQ(held_tokens(policy, 63), 1u);
-  EXPECT_EQ(held_tokens(policy, 256), 4u);
-  EXPECT_EQ(held_tokens(policy, 1749), 27u);
-  EXPECT_EQ(held_tokens(policy, 1750), 28u);
-  EXPECT_EQ(held_tokens(policy, 100000), 28u);
+  EXPECT_EQ(held_tokens(policy, 536), 0u);
+  EXPECT_EQ(held_tokens(policy, 537), 1u);
+  EXPECT_EQ(held_tokens(policy, 1211), 27u);
+  EXPECT_EQ(held_tokens(policy, 1212), 28u);
+  EXPECT_EQ(held_tokens(policy, UINT32_MAX), 28u);
+  EXPECT_EQ(held_tokens(policy_of({{"hold-share", "100"}}), 1), 28u);
   EXPECT_EQ(held_tokens(policy_of({{"policy", "uniform"}}), 1), 32u);
   EXPECT_EQ(held_tokens(policy_of({{"policy", "h2o"}, {"recent", "10"}}), 1000), 100u);
 }
@@ -78,7 +78,7 @@ TEST(PlanSeal, UniformDoesNotLookAtNewTokens) {
 }
 
 TEST(PlanSeal, DefaultSealsTheEndOfAPromptSoonerThanDecodedTokens) {
-  const Policy policy = policy_of({});
+  const Policy policy = policy_of({{"block", "0"}});
   EXPECT_EQ(plan_seal(policy, 40, 1), Blocks{});
   EXPECT_EQ(plan_seal(policy, 40, 15), Blocks{});
   EXPECT_EQ(plan_seal(policy, 15, 16), Blocks{});

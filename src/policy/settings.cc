@@ -191,7 +191,7 @@ const std::vector<SettingHelp>& setting_words() {
        "newest tokens, not yet quantized; in uniform and gear, where it is 28, it fills up the "
        "sinks to a multiple of 32"},
       {"hold-share", "0..100 percent, two decimals",
-       "most that are held of a sequence, so that short ones hold fewer"},
+       "most that are held, of a sequence's tokens beyond the first 512; 100 is no limit"},
       {"seal",
        "16..65536 in steps of 16; uniform in steps of 32, paper, official, gear and mikv any, h2o "
        "1..65536",

@@ -33,13 +33,14 @@ Policy default_preset() {
   policy.value.salient_bp = 5000;
   policy.value.class_multiple = 32;  // values: a word of a 1-bit plane holds 32 tokens
   // A short prompt pays for every token that waits: few do, in 8 bits (decision 0008).
-  policy.hold_tokens = 28;
-  policy.hold_share_bp = 156;
   policy.staging_bits = 8;
+  policy.hold_tokens = 28;
+  policy.hold_share_bp = 300;
+  policy.hold_after = 512;
   policy.chunk_tokens = 16;
-  policy.min_ranked_tokens = 48;
-  policy.seal_multiple = 16;  // lanes of a group: a rest below is padding
-  policy.rest_tokens = 4;     // of which this many would cost more than to wait
+  policy.min_ranked_tokens = 48;  // smaller blocks gain nothing by a second class's parameters
+  policy.seal_multiple = 16;      // lanes of a group: what lacks to it is padding
+  policy.rest_tokens = 3;         // more cost less in a padded group than they cost to wait
   return policy;
 }
 
@@ -80,6 +81,7 @@ Policy make(SettingReader& in) {
   }
   if (measured) {
     read_budget(in, policy);
+    policy.min_ranked_tokens = policy.kv_centibits == 0 ? policy.min_ranked_tokens : 0;
   } else {
     in.reject("kv-bits", "but the widths of mode '" + std::string(name_of(kModes, mode)) +
                              "' are those of the publication");
