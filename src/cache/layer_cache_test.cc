@@ -362,12 +362,13 @@ TEST(LayerCache, SparseBlocksShrinkAndTheirTokensStay) {
   const std::vector<float> old_values = engine.held(Tensor::kValue);
   engine.remove(0, 300);
   engine.step({{1, 14}}, false);  // one block, but most of it is alive
-  EXPECT_GT(engine.cache().bytes().codes + engine.cache().bytes().slack, before.codes);
+  EXPECT_EQ(engine.cache().bytes().codes + engine.cache().bytes().slack, before.codes);
   engine.step({{1, 286}}, false);
   const ByteCount after = engine.cache().bytes();
   ASSERT_GT(before.sealed_tokens, 300u);
-  // As many live tokens, a block more: its parameters, which at head_dim 32 are a tenth of it all.
-  EXPECT_LT(after.total(), before.total() * 23 / 20);
+  // As many live tokens, a block more: its parameters, which at head_dim 32 are a tenth of it all,
+  // and the fillers of the block that shrank.
+  EXPECT_LT(after.total(), before.total() * 5 / 4);
   EXPECT_LE(engine.budget().used(), after.total());
   const std::vector<float> keys = engine.held(Tensor::kKey);
   const std::vector<float> values = engine.held(Tensor::kValue);
