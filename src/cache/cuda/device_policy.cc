@@ -63,6 +63,7 @@ Expected<policy::Policy> device_policy(const policy::Policy& asked) {
   used.hold_share_bp = 10000;
   used.seal_multiple = kPageTokens;
   used.rest_tokens = kPageTokens;
+  used.chunk_tokens = UINT32_MAX;
   used.seal_tokens = whole_pages(asked.seal_tokens);
   used.block_tokens =
       std::min(whole_pages(asked.block_tokens == 0 ? kMaxBlock : asked.block_tokens), kMaxBlock);
