@@ -53,11 +53,13 @@ Status LayerCache::resize_page(std::uint32_t id, std::uint32_t capacity) {
   std::unique_ptr<StagingPage>& page = segments_[id].page;
   StagingPage::Shape shape = page->shape;
   shape.capacity = capacity;
-  auto resized = std::make_unique<StagingPage>(shape);
+  const bool grows = capacity >= page->capacity();
+  auto resized = grows ? std::make_unique<StagingPage>(page->grown(capacity))
+                       : std::make_unique<StagingPage>(shape);
   if (!budget_->reserve(shape.bytes())) {
     return over_budget(*budget_, shape.bytes());
   }
-  for (std::uint32_t slot = 0; slot < page->capacity(); ++slot) {
+  for (std::uint32_t slot = 0; !grows && slot < page->capacity(); ++slot) {
     if (page->cells[slot] != kNoCell) {
       page->move_to(*resized, slot, moved_row_);
     }

@@ -149,7 +149,8 @@ INSTANTIATE_TEST_SUITE_P(Policies, CacheFuzz,
 const kernels::KernelTable* best() { return kernels::select_kernels("").value(); }
 
 TEST(LayerCache, StagedRowsAreExactAndSealedOnesClose) {
-  TestEngine engine({}, {{"staging-bits", "16"}, {"hold-share", "100"}}, best(), 1, 7);
+  TestEngine engine({}, {{"staging-bits", "16"}, {"hold-share", "100"}, {"sinks", "4"}}, best(), 1,
+                    7);
   engine.step({{0, 300}}, false);
   const ByteCount bytes = engine.cache().bytes();
   EXPECT_EQ(bytes.live_tokens, 300u);
@@ -181,7 +182,7 @@ std::vector<double> packed_row(const std::vector<float>& row, std::uint32_t head
 
 TEST(LayerCache, WhatAStepLeavesStagedIsPackedUntilItIsDue) {
   const std::uint32_t hold = 20, sinks = 4, n = 300;
-  TestEngine engine({}, {{"hold", "20"}, {"hold-share", "100"}}, best(), 1, 7);
+  TestEngine engine({}, {{"hold", "20"}, {"hold-share", "100"}, {"sinks", "4"}}, best(), 1, 7);
   const auto is_packed = [&](Tensor tensor, std::uint32_t position) {
     const std::vector<float> held = engine.held(tensor);
     const auto expected = packed_row(

@@ -7,6 +7,30 @@
 #include "quant/byte_rows.h"
 
 namespace zipcache::cache {
+namespace {
+
+// Column `slot` of [rows, capacity] to column `target` of [rows, to_capacity].
+template <typename T>
+void copy_column(const T* from, std::size_t capacity, std::size_t slot, std::size_t rows, T* to,
+                 std::size_t to_capacity, std::size_t target) {
+  for (std::size_t row = 0; row < rows; ++row) {
+    to[row * to_capacity + target] = from[row * capacity + slot];
+  }
+}
+
+// The vectors of a page are [slots, ...] or [..., slots]; either grows without moving a slot.
+template <typename Vector>
+void copy_front(const Vector& from, Vector& to) {
+  std::copy(from.begin(), from.end(), to.begin());
+}
+template <typename Vector>
+void copy_columns(const Vector& from, std::size_t from_row, Vector& to, std::size_t to_row) {
+  for (std::size_t at = 0, out = 0; at < from.size(); at += from_row, out += to_row) {
+    std::memcpy(to.data() + out, from.data() + at, from_row * sizeof from[0]);
+  }
+}
+
+}  // namespace
 
 std::size_t StagingPage::Shape::row_bytes() const {
   const std::size_t elements = std::size_t{key_row} + value_row;
@@ -115,20 +139,38 @@ void StagingPage::reset_statistics(std::uint32_t slot, std::uint32_t arrival) {
   }
 }
 
+StagingPage StagingPage::grown(std::uint32_t capacity) const {
+  ZC_CHECK(capacity >= shape.capacity);
+  Shape larger = shape;
+  larger.capacity = capacity;
+  StagingPage page(larger);
+  page.used = used;
+  page.has_non_finite = has_non_finite;
+  const std::size_t element = shape.packed ? 1 : sizeof(Half);
+  copy_columns(keys, shape.capacity * element, page.keys, capacity * element);
+  copy_columns(scales, shape.capacity, page.scales, capacity);
+  copy_front(values, page.values);
+  copy_front(cells, page.cells);
+  copy_front(tokens, page.tokens);
+  copy_front(mass, page.mass);
+  copy_front(squares, page.squares);
+  return page;
+}
+
 std::uint32_t StagingPage::move_to(StagingPage& to, std::uint32_t slot,
                                    std::vector<float>& row) {
   const std::uint32_t target = to.free_slot();
   if (shape.packed == to.shape.packed) {  // as they are, bit by bit
-    const std::size_t element = shape.packed ? 1 : sizeof(Half);
-    for (std::size_t c = 0; c < shape.key_row; ++c) {
-      std::memcpy(to.keys.data() + (c * to.shape.capacity + target) * element,
-                  keys.data() + (c * shape.capacity + slot) * element, element);
+    const std::uint32_t n = shape.capacity, n_to = to.shape.capacity;
+    if (shape.packed) {
+      copy_column(keys.data(), n, slot, shape.key_row, to.keys.data(), n_to, target);
+      copy_column(scales.data(), n, slot, std::size_t{2} * shape.n_kv_heads, to.scales.data(), n_to,
+                  target);
+    } else {
+      copy_column(exact_keys(), n, slot, shape.key_row, to.exact_keys(), n_to, target);
     }
-    const std::size_t row_bytes = shape.value_row * element;
+    const std::size_t row_bytes = shape.value_row * (shape.packed ? 1 : sizeof(Half));
     std::memcpy(to.values.data() + target * row_bytes, values.data() + slot * row_bytes, row_bytes);
-    for (std::size_t i = 0; shape.packed && i < std::size_t{2} * shape.n_kv_heads; ++i) {
-      to.scales[i * to.shape.capacity + target] = scales[i * shape.capacity + slot];
-    }
   } else {
     row.resize(std::max(shape.key_row, shape.value_row));
     for (const Tensor tensor : {Tensor::kKey, Tensor::kValue}) {

@@ -86,6 +86,9 @@ struct StagingPage {
   // All keys [key_row, capacity], free slots included.
   void read_all_keys(float* keys) const;
 
+  // The same page with more slots; tokens keep theirs. REQUIRES: capacity >= this one's.
+  StagingPage grown(std::uint32_t capacity) const;
+
   // Resets what is known of a slot's token.
   void reset_statistics(std::uint32_t slot, std::uint32_t arrival);
   // Moves a token to a free slot of `to`, which then has its cell. Packing makes NaN 0. `row` is

@@ -106,6 +106,22 @@ TEST(StagingPage, TokensMoveWithAllThatIsKnownOfThem) {
   }
 }
 
+TEST(StagingPage, GrowingMovesNothing) {
+  for (const bool packed : {false, true}) {
+    const StagingPage page = filled(shape_of(5, packed));
+    const StagingPage grown = page.grown(9);
+    EXPECT_EQ(grown.used, 5u);
+    EXPECT_EQ(grown.free_slot(), 5u);
+    for (std::uint32_t t = 0; t < 5; ++t) {
+      expect_rows(grown, t, t, packed ? 4.5 / 127 / 2 : 0.0);
+      EXPECT_EQ(grown.cells[t], 100 + t);
+      EXPECT_EQ(grown.tokens[t].seen, 7 * t);
+      EXPECT_EQ(grown.mass[t * kHeads + 1], static_cast<float>(t));
+      EXPECT_EQ(grown.squares[t * kHeads + 2], static_cast<float>(2 * t));
+    }
+  }
+}
+
 TEST(StagingPage, BytesAreWhatItHolds) {
   for (const bool packed : {false, true}) {
     const StagingPage page(shape_of(12, packed));

@@ -61,7 +61,7 @@ TEST(MakePolicy, DefaultMode) {
   EXPECT_EQ(policy.value.rules.clip, (Clip{1.0f, 0.75f}));
   EXPECT_EQ(policy.value.rules.rounding, quant::Rounding::kFloatMin);
 
-  EXPECT_EQ(policy.sink_tokens, 4u);
+  EXPECT_EQ(policy.sink_tokens, 2u);
   EXPECT_EQ(policy.hold_tokens, 28u);
   EXPECT_EQ(policy.seal_tokens, 64u);
   EXPECT_EQ(policy.seal_multiple, 16u);
@@ -493,12 +493,12 @@ TEST(PolicyHelp, ListedSettingsAreThoseThatAreRead) {
 TEST(Describe, OneLine) {
   EXPECT_EQ(describe(policy_of({})),
             "zipcache default: K channelwise 4/2 bits (20 % salient, 50 % of channels 4 bits, clip "
-            "1/0.7), V channel-separable 3/2 bits (50 % salient, clip 1/0.75, byte params); 4 "
+            "1/0.7), V channel-separable 3/2 bits (50 % salient, clip 1/0.75, byte params); 2 "
             "sinks, hold 28 or 3 %, 8 bits until sealed, seal 64 in blocks of 512; metric "
             "normalized, probes default, seed 0");
   EXPECT_EQ(describe(policy_of({{"kv-bits", "2.75"}})),
             "zipcache default of at most 2.75 bits: K channelwise 4/2 bits (some of channels 4 "
-            "bits, clip 1/0.7), V channel-separable 3/2 bits (clip 1/0.75, byte params); 4 sinks, "
+            "bits, clip 1/0.7), V channel-separable 3/2 bits (clip 1/0.75, byte params); 2 sinks, "
             "hold 28 or 3 %, 8 bits until sealed, seal 64 in blocks of 512; metric normalized, "
             "probes default, seed 0");
   EXPECT_EQ(describe(policy_of({{"policy", "uniform"}, {"granularity", "groupwise"}})),

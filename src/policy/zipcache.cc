@@ -34,6 +34,7 @@ Policy default_preset() {
   policy.value.class_multiple = 32;  // values: a word of a 1-bit plane holds 32 tokens
   // A short prompt pays for every token that waits: few do, in 8 bits (decision 0008).
   policy.staging_bits = 8;
+  policy.sink_tokens = 2;
   policy.hold_tokens = 28;
   policy.hold_share_bp = 300;
   policy.hold_after = 512;

@@ -1,6 +1,7 @@
 #include "quant/byte_rows.h"
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cmath>
 
@@ -25,11 +26,28 @@ Half encode_byte_row(std::span<const float> x, std::uint8_t* codes, std::size_t 
     ++scale;
   }
   const float divisor = half_to_float(scale);
-  for (std::size_t c = 0; c < x.size(); ++c) {
-    const float steps = divisor > 0.0f ? x[c] / divisor : 0.0f;
-    const float code = std::isnan(steps) ? 0.0f : std::clamp(steps, -kLevels, kLevels);
-    const auto rounded = std::bit_cast<std::uint32_t>(code + kRoundingMagic);
-    codes[c * stride] = static_cast<std::uint8_t>(rounded + kByteZero);
+  if (divisor == 0.0f) {
+    for (std::size_t c = 0; c < x.size(); ++c) {
+      codes[c * stride] = kByteZero;
+    }
+    return scale;
+  }
+  constexpr std::size_t kPart = 64;  // codes of so many channels, then their places
+  std::array<std::uint8_t, kPart> part;
+  for (std::size_t begin = 0; begin < x.size(); begin += kPart) {
+    const std::size_t n = std::min(kPart, x.size() - begin);
+    for (std::size_t i = 0; i < n; ++i) {
+      // Comparisons with NaN are false: it becomes 0 by the first.
+      float steps = x[begin + i] / divisor;
+      steps = steps == steps ? steps : 0.0f;
+      steps = steps > -kLevels ? steps : -kLevels;
+      steps = steps < kLevels ? steps : kLevels;
+      part[i] = static_cast<std::uint8_t>(std::bit_cast<std::uint32_t>(steps + kRoundingMagic) +
+                                          kByteZero);
+    }
+    for (std::size_t i = 0; i < n; ++i) {
+      codes[(begin + i) * stride] = part[i];
+    }
   }
   return scale;
 }
