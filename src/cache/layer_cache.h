@@ -76,8 +76,8 @@ struct TokenGroup {
   // Policies that balance keys: [key_row] max |q| per channel of each KV head until the first
   // sealing, from then on the factors of its keys.
   std::vector<float> query_max{}, key_factors{};
-  // Policies with wide channels: [key_row] mean of q^2 per channel of each KV head, over its tokens,
-  // in eighths of octaves: 2^((code - 128) / 8), 0 = none.
+  // Policies with wide channels: [key_row] mean of q^2 per channel of each KV head, over its
+  // tokens, in eighths of octaves: 2^((code - 128) / 8), 0 = none.
   std::vector<std::uint8_t> query_power{};
 };
 
@@ -119,8 +119,8 @@ class LayerCache {
   Status put(Tensor tensor, std::span<const std::uint32_t> cells, const RowsView& rows);
 
   // Reads rows [first_cell, first_cell + n) as fp16 into out [n, key_row or value_row]: exact for
-  // tokens of the step, dequantized for packed and sealed ones, zero for cells never written or evicted (for heads
-  // that evicted the token, if only some did).
+  // tokens of the step, dequantized for packed and sealed ones, zero for cells never written or
+  // evicted (for heads that evicted the token, if only some did).
   void get(Tensor tensor, std::uint32_t first_cell, std::uint32_t n, Half* out) const;
 
   // Calls rotate(cells, keys) with keys [n, key_row] float of every token held, page by page and
@@ -189,7 +189,7 @@ class LayerCache {
   std::uint16_t owner(std::uint32_t cell) const;
   void set_owner(std::uint32_t cell, std::uint16_t segment);
   Expected<std::uint32_t> new_segment();
-  Expected<Slot> stage(std::uint32_t cell);         // a free slot, zero rows
+  Expected<Slot> stage(std::uint32_t cell);          // a free slot, zero rows
   Expected<Slot> restore_exact(std::uint32_t cell);  // a sealed or packed token, into staging
   Expected<Slot> restage(std::uint32_t cell, std::uint32_t token, std::uint32_t group,
                          const std::vector<float>& keys, const std::vector<float>& values);

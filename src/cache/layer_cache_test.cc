@@ -185,8 +185,8 @@ TEST(LayerCache, WhatAStepLeavesStagedIsPackedUntilItIsDue) {
   TestEngine engine({}, {{"hold", "20"}, {"hold-share", "100"}, {"sinks", "4"}}, best(), 1, 7);
   const auto is_packed = [&](Tensor tensor, std::uint32_t position) {
     const std::vector<float> held = engine.held(tensor);
-    const auto expected = packed_row(
-        engine.row(0, position, tensor == Tensor::kKey ? 0 : 1, 64), TestDims{}.key_dim);
+    const auto expected =
+        packed_row(engine.row(0, position, tensor == Tensor::kKey ? 0 : 1, 64), TestDims{}.key_dim);
     const std::vector<float> row = row_of(held, engine.cells(0)[position]);
     for (std::uint32_t c = 0; c < 64; ++c) {
       // A code may differ where the quotient is a tie; held() rounds to fp16.

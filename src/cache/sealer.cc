@@ -293,8 +293,7 @@ void Sealer::add_query_power(TokenGroup& group, const StepGroup& step,
   const float n_all = n_before + static_cast<float>(step.n_rows);
   for (std::size_t c = 0; c < group.query_power.size(); ++c) {
     const float added = scratch_.query_sums[c] / static_cast<float>(heads_per_group);
-    group.query_power[c] =
-        power_code((power_of(group.query_power[c]) * n_before + added) / n_all);
+    group.query_power[c] = power_code((power_of(group.query_power[c]) * n_before + added) / n_all);
   }
 }
 

@@ -157,8 +157,7 @@ StagingPage StagingPage::grown(std::uint32_t capacity) const {
   return page;
 }
 
-std::uint32_t StagingPage::move_to(StagingPage& to, std::uint32_t slot,
-                                   std::vector<float>& row) {
+std::uint32_t StagingPage::move_to(StagingPage& to, std::uint32_t slot, std::vector<float>& row) {
   const std::uint32_t target = to.free_slot();
   if (shape.packed == to.shape.packed) {  // as they are, bit by bit
     const std::uint32_t n = shape.capacity, n_to = to.shape.capacity;

@@ -125,11 +125,10 @@ TEST(StagingPage, GrowingMovesNothing) {
 TEST(StagingPage, BytesAreWhatItHolds) {
   for (const bool packed : {false, true}) {
     const StagingPage page(shape_of(12, packed));
-    const std::size_t held = sizeof page + page.keys.size() + page.values.size() +
-                             page.scales.size() * sizeof(Half) +
-                             page.cells.size() * sizeof(std::uint32_t) +
-                             page.tokens.size() * sizeof(StagedToken) +
-                             (page.mass.size() + page.squares.size()) * sizeof(float);
+    const std::size_t held =
+        sizeof page + page.keys.size() + page.values.size() + page.scales.size() * sizeof(Half) +
+        page.cells.size() * sizeof(std::uint32_t) + page.tokens.size() * sizeof(StagedToken) +
+        (page.mass.size() + page.squares.size()) * sizeof(float);
     EXPECT_EQ(page.bytes(), held);
   }
 }

@@ -51,8 +51,8 @@ std::string describe_tensor(const TensorPolicy& tensor, bool has_budget) {
 }
 
 std::string describe_schedule(const Policy& policy) {
-  std::string text = std::to_string(policy.sink_tokens) + " sinks, hold " +
-                     std::to_string(policy.hold_tokens);
+  std::string text =
+      std::to_string(policy.sink_tokens) + " sinks, hold " + std::to_string(policy.hold_tokens);
   if (policy.hold_share_bp < 10000) {
     text += " or " + percent_text(policy.hold_share_bp) + " %";
   }

@@ -447,16 +447,36 @@ TEST(SettingHelp, NamesEverySettingOnce) {
     const std::string error = error_of({{help.name, "no such value"}});
     EXPECT_EQ(error.find(help.name + ": "), 0u) << error;
   }
-  EXPECT_EQ(names, (std::set<std::string>{"policy",     "mode",          "kv-bits",
-                                          "key-wide",   "key-wide-bits", "key-bits",
-                                          "value-bits", "key-salient",   "value-salient",
-                                          "key-clip",   "value-clip",    "granularity",
-                                          "group",      "residual",      "value-params",
-                                          "sinks",      "hold",          "hold-share",
-                                          "seal",       "block",         "staging-bits",
-                                          "heavy",      "recent",        "balancer",
-                                          "rank",       "outliers",      "metric",
-                                          "probes",     "probe-positions", "seed"}));
+  EXPECT_EQ(names, (std::set<std::string>{"policy",
+                                          "mode",
+                                          "kv-bits",
+                                          "key-wide",
+                                          "key-wide-bits",
+                                          "key-bits",
+                                          "value-bits",
+                                          "key-salient",
+                                          "value-salient",
+                                          "key-clip",
+                                          "value-clip",
+                                          "granularity",
+                                          "group",
+                                          "residual",
+                                          "value-params",
+                                          "sinks",
+                                          "hold",
+                                          "hold-share",
+                                          "seal",
+                                          "block",
+                                          "staging-bits",
+                                          "heavy",
+                                          "recent",
+                                          "balancer",
+                                          "rank",
+                                          "outliers",
+                                          "metric",
+                                          "probes",
+                                          "probe-positions",
+                                          "seed"}));
 }
 
 TEST(PolicyHelp, NamesEveryPolicyAndItsDefaults) {

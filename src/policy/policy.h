@@ -59,7 +59,8 @@ struct Policy {
   // When tokens are sealed. Of each sequence the first `sink_tokens` never are, the newest
   // held_tokens() not yet; the others are once at least `seal_tokens` of them are staged (with
   // `seal_chunks` also whenever a prefill chunk ends), in multiples of `seal_multiple` and what
-  // remains if that is more than `rest_tokens`, in blocks of at most `block_tokens` (0 = one block).
+  // remains if that is more than `rest_tokens`, in blocks of at most `block_tokens` (0 = one
+  // block).
   std::uint32_t sink_tokens = 4;
   std::uint32_t hold_tokens = 28;
   // Held at most: this share of a sequence's tokens so far, but for the first `hold_after`.

@@ -82,8 +82,8 @@ std::uint32_t centibits(const format::BlockShape& shape) {
   return static_cast<std::uint32_t>((bits * 100 + elements - 1) / elements);
 }
 
-// n tokens in blocks that differ by one multiple at most, larger ones first; the last one lacks what
-// n lacks to a multiple.
+// n tokens in blocks that differ by one multiple at most, larger ones first; the last one lacks
+// what n lacks to a multiple.
 std::vector<std::uint32_t> even_blocks(const Policy& policy, std::uint32_t n) {
   const std::uint32_t units = n / policy.seal_multiple + (n % policy.seal_multiple != 0 ? 1 : 0);
   if (units == 0) {

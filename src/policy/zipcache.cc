@@ -98,9 +98,11 @@ Policy make(SettingReader& in) {
 Method zipcache_method() {
   return {"zipcache",
           "more bits for salient tokens; measured best here",
-          {"mode", "kv-bits", "key-bits", "value-bits", "key-salient", "value-salient", "key-clip",
-           "key-wide", "key-wide-bits", "value-clip", "value-params", "sinks", "hold", "seal",
-           "block", "hold-share", "staging-bits", "metric", "probes", "probe-positions", "seed"},
+          {"mode",          "kv-bits",      "key-bits", "value-bits",    "key-salient",
+           "value-salient", "key-clip",     "key-wide", "key-wide-bits", "value-clip",
+           "value-params",  "sinks",        "hold",     "seal",          "block",
+           "hold-share",    "staging-bits", "metric",   "probes",        "probe-positions",
+           "seed"},
           make,
           {{"paper", "the paper's text: 4 and 2 bits, 60 % salient"},
            {"official", "the published code: re-quantizes everything each time"}}};

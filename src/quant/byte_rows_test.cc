@@ -26,8 +26,7 @@ TEST(ByteRows, AreTheReferences) {
     for (const float magnitude : {1e-6f, 1e-3f, 1.0f, 300.0f, 10000.0f}) {
       SCOPED_TRACE(testing::Message() << n << " of " << magnitude);
       const std::vector<float> x = random_row(n, magnitude, static_cast<unsigned>(n));
-      const ref::Quantized expected =
-          ref::byte_rows(std::vector<double>(x.begin(), x.end()), 1, n);
+      const ref::Quantized expected = ref::byte_rows(std::vector<double>(x.begin(), x.end()), 1, n);
       for (const std::size_t stride : {1u, 4u, 31u}) {
         std::vector<std::uint8_t> codes(n * stride, 77);
         const Half scale = encode_byte_row(x, codes.data(), stride);
@@ -48,7 +47,8 @@ TEST(ByteRows, AreTheReferences) {
 
 TEST(ByteRows, EncodingWhatTheyStandForChangesNothing) {
   for (unsigned seed = 0; seed < 50; ++seed) {
-    const std::vector<float> x = random_row(64, std::exp2(static_cast<float>(seed % 20) - 10), seed);
+    const std::vector<float> x =
+        random_row(64, std::exp2(static_cast<float>(seed % 20) - 10), seed);
     std::vector<std::uint8_t> codes(64), again(64);
     const Half scale = encode_byte_row(x, codes.data(), 1);
     std::vector<float> decoded(64);

@@ -118,8 +118,8 @@ Quantized byte_rows(std::span<const double> x, std::size_t rows, std::size_t col
     }
     // fp16 steps: 2^-24 below 2^-14, else 2^-10 of the power of two below.
     const double least = largest / 127;
-    const double step = std::pow(
-        2.0, least < std::pow(2.0, -14) ? -24 : std::floor(std::log2(least)) - 10);
+    const double step =
+        std::pow(2.0, least < std::pow(2.0, -14) ? -24 : std::floor(std::log2(least)) - 10);
     const double scale = std::ceil(least / step) * step;
     out.params.push_back({scale, -128 * scale});
     for (std::size_t c = 0; c < columns; ++c) {
