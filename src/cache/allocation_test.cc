@@ -87,7 +87,7 @@ class AllocationTest : public testing::Test {
     return after - before;
   }
 
-  // Changes when a page or a block is made.
+  // Changes when a page or a block is made, or a page grows (every fourth step here).
   std::size_t held_bytes() const { return budget_->used(); }
 
   std::shared_ptr<const policy::Policy> policy_ =
@@ -112,7 +112,7 @@ TEST_F(AllocationTest, GenerationInSteadyStateAllocatesNothing) {
       ++n_steady;
     }
   }
-  EXPECT_GT(n_steady, 150u);
+  EXPECT_GT(n_steady, 140u);
   EXPECT_GT(cache_.bytes().sealed_tokens, 500u);
 }
 

@@ -162,7 +162,7 @@ void Attention::Impl::plan_probes() {
   for (const std::uint32_t id : ranked) {
     const Segment& seg = cache->segments()[id];
     ranked_begin.push_back(ranked_begin.back() +
-                           (seg.page != nullptr ? kPageTokens : seg.block->mass_slots()));
+                           (seg.page != nullptr ? seg.page->capacity() : seg.block->mass_slots()));
   }
   mass.assign(std::size_t{tiles_with_probes} * n_kv_heads * ranked_begin.back(), 0.0f);
   squares.assign(sealer && sealer->needs_squares() ? mass.size() : 0, 0.0f);
@@ -182,7 +182,7 @@ std::size_t Attention::scratch_bytes() const {
            bytes(w.logits) + bytes(w.state) + bytes(w.total) + bytes(w.seen) + bytes(w.by_slot) +
            bytes(w.order) + bytes(s.operand) + bytes(s.product) + bytes(s.token_scale) +
            bytes(s.token_min) + bytes(s.channel_a) + bytes(s.channel_b) + bytes(s.reordered) +
-           bytes(s.order) + bytes(s.kernel);
+           bytes(s.order) + bytes(s.page) + bytes(s.kernel);
   }
   return sum;
 }
@@ -246,7 +246,7 @@ void Attention::Impl::add_probe_mass() {
       }
       continue;
     }
-    for (std::uint32_t slot = 0; slot < kPageTokens; ++slot) {
+    for (std::uint32_t slot = 0; slot < cache->page(id)->capacity(); ++slot) {
       const std::uint32_t cell = cache->page(id)->cells[slot];
       if (cell == kNoCell) {
         continue;

@@ -17,8 +17,8 @@ std::uint32_t contiguous_from(const Segment& segment) {
   if (segment.block != nullptr) {
     return segment.block->cells.empty() ? segment.block->first_cell : kNoCell;
   }
-  const std::uint32_t* cells = segment.page->cells;
-  for (std::uint32_t i = 0; i < kPageTokens; ++i) {
+  const std::vector<std::uint32_t>& cells = segment.page->cells;
+  for (std::uint32_t i = 0; i < cells.size(); ++i) {
     if (cells[i] != cells[0] + i) {
       return kNoCell;
     }

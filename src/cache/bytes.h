@@ -12,7 +12,7 @@ struct ByteCount {
   std::size_t codes = 0;    // packed codes of sealed tokens
   std::size_t params = 0;   // scales, minima, channel factors
   std::size_t masks = 0;    // tiers, liveness, cell maps, block descriptors
-  std::size_t staging = 0;  // exact fp16 rows of tokens that are not sealed, and their statistics
+  std::size_t staging = 0;  // rows of tokens that are not sealed, and their statistics
   std::size_t slack = 0;    // free slots of staging pages, sealed tokens that were overwritten
   std::size_t fp16 = 0;     // what the live tokens would take as fp16
   std::uint64_t live_tokens = 0;    // summed over layers

@@ -61,14 +61,15 @@ Status LayerCache::set_heads(std::uint32_t n_kv_heads, std::uint32_t key_dim,
     key_dim_ = key_dim;
     value_dim_ = value_dim;
     for (Segment& segment : segments_) {  // pages filled before the heads were known
-      if (segment.page != nullptr && policy_->seals()) {
-        const std::size_t n = std::size_t{kPageTokens} * n_kv_heads_;
-        const std::size_t bytes = n * sizeof(float) * (keeps_squares() ? 2 : 1);
+      if (StagingPage* page = segment.page.get()) {
+        const StagingPage::Shape shape = page_shape(page->capacity(), /*packed=*/false);
+        const std::size_t bytes = shape.bytes() - page->bytes();
         if (!budget_->reserve(bytes)) {
           return over_budget(*budget_, bytes);
         }
-        segment.page->mass.assign(n, 0.0f);
-        segment.page->squares.assign(keeps_squares() ? n : 0, 0.0f);
+        page->shape = shape;
+        page->mass.assign(page->tokens.size() * n_kv_heads_, 0.0f);
+        page->squares.assign(shape.has_squares ? page->mass.size() : 0, 0.0f);
       }
     }
   }
@@ -107,9 +108,9 @@ LayerCache::Slot LayerCache::find(std::uint32_t cell) const {
     return {};
   }
   if (const StagingPage* page = segments_[segment].page.get()) {
-    const auto* slot = std::find(page->cells, page->cells + kPageTokens, cell);
-    ZC_CHECK(slot != page->cells + kPageTokens);
-    return {segment, static_cast<std::uint32_t>(slot - page->cells)};
+    const auto slot = std::find(page->cells.begin(), page->cells.end(), cell);
+    ZC_CHECK(slot != page->cells.end());
+    return {segment, static_cast<std::uint32_t>(slot - page->cells.begin())};
   }
   const SealedBlock& block = *segments_[segment].block;
   if (block.cells.empty()) {
@@ -133,16 +134,6 @@ Expected<std::uint32_t> LayerCache::new_segment() {
   }
   segments_.emplace_back();
   return static_cast<std::uint32_t>(segments_.size() - 1);
-}
-
-std::size_t LayerCache::new_page_bytes() const {
-  std::size_t bytes = sizeof(StagingPage) +
-                      std::size_t{kPageTokens} * (shape_.key_row + shape_.value_row) * sizeof(Half);
-  if (policy_->seals()) {
-    bytes += kPageTokens *
-             (sizeof(StagedToken) + n_kv_heads_ * sizeof(float) * (keeps_squares() ? 2 : 1));
-  }
-  return bytes;
 }
 
 void LayerCache::free_segment(std::uint32_t id) {
@@ -176,7 +167,7 @@ std::shared_ptr<const format::BlockLayout> LayerCache::layout_for(const format::
 Expected<LayerCache::Slot> LayerCache::stage(std::uint32_t cell) {
   const auto has_room = [this](std::uint32_t id) {
     return id < segments_.size() && segments_[id].page != nullptr &&
-           segments_[id].page->used < kPageTokens;
+           !segments_[id].page->shape.packed && !segments_[id].page->is_full();
   };
   make_owner_map(cell);
   if (!has_room(open_page_)) {
@@ -186,51 +177,27 @@ Expected<LayerCache::Slot> LayerCache::stage(std::uint32_t cell) {
     }
   }
   if (open_page_ == UINT32_MAX) {
-    if (!budget_->reserve(new_page_bytes())) {
-      return over_budget(*budget_, new_page_bytes());
-    }
-    auto page = std::make_unique<StagingPage>();
-    page->keys.resize(std::size_t{shape_.key_row} * kPageTokens);
-    page->values.resize(std::size_t{shape_.value_row} * kPageTokens);
-    std::fill_n(page->cells, kPageTokens, kNoCell);
-    if (policy_->seals()) {
-      page->tokens.resize(kPageTokens);
-      page->mass.resize(std::size_t{kPageTokens} * n_kv_heads_);
-      page->squares.resize(keeps_squares() ? page->mass.size() : 0);
-    }
-    Expected<std::uint32_t> id = new_segment();
+    const auto n_new = static_cast<std::uint32_t>(newest_cells_.size());
+    const std::uint32_t capacity = packs() ? std::clamp(n_new, 1u, kPageTokens) : kPageTokens;
+    Expected<std::uint32_t> id = make_page(capacity, /*packed=*/false);
     if (!id) {
-      budget_->release(new_page_bytes());
       return id.error();
     }
-    segments_[*id].page = std::move(page);
     open_page_ = *id;
   }
   StagingPage& page = *segments_[open_page_].page;
-  const auto slot = static_cast<std::uint32_t>(
-      std::find(page.cells, page.cells + kPageTokens, kNoCell) - page.cells);
+  const std::uint32_t slot = page.free_slot();
   page.cells[slot] = cell;
   ++page.used;
   ++n_live_;
   for (std::uint32_t column = 0; column < shape_.key_row; ++column) {
-    page.keys[std::size_t{column} * kPageTokens + slot] = 0;
+    page.exact_keys()[std::size_t{column} * page.capacity() + slot] = 0;
   }
-  std::fill_n(page.values.begin() + std::size_t{slot} * shape_.value_row, shape_.value_row,
+  std::fill_n(page.exact_values() + std::size_t{slot} * shape_.value_row, shape_.value_row,
               Half{0});
   set_owner(cell, static_cast<std::uint16_t>(open_page_));
-  reset_statistics(page, slot);
+  page.reset_statistics(slot, next_arrival_++);
   return Slot{open_page_, slot};
-}
-
-void LayerCache::reset_statistics(StagingPage& page, std::uint32_t slot) {
-  if (page.tokens.empty()) {
-    return;
-  }
-  page.tokens[slot] = {.arrival = next_arrival_++};
-  std::fill_n(page.mass.begin() + std::size_t{slot} * n_kv_heads_, n_kv_heads_, 0.0f);
-  if (!page.squares.empty()) {
-    std::fill_n(page.squares.begin() + std::size_t{slot} * n_kv_heads_, n_kv_heads_, 0.0f);
-  }
 }
 
 void LayerCache::release(std::uint32_t cell) {
@@ -331,10 +298,11 @@ ByteCount LayerCache::bytes() const {
   const std::size_t token_bytes = (shape_.key_row + shape_.value_row) * sizeof(Half);
   for (const Segment& segment : segments_) {
     if (segment.page != nullptr) {
-      const std::size_t free_bytes = (kPageTokens - segment.page->used) * token_bytes;
+      const StagingPage& page = *segment.page;
+      const std::size_t free_bytes = (page.capacity() - page.used) * page.shape.row_bytes();
       count.slack += free_bytes;
-      count.staging += segment.page->bytes() - free_bytes;
-      count.live_tokens += segment.page->used;
+      count.staging += page.bytes() - free_bytes;
+      count.live_tokens += page.used;
     } else if (segment.block != nullptr) {
       const SealedBlock& block = *segment.block;
       const std::size_t dead_bytes =
@@ -352,8 +320,8 @@ ByteCount LayerCache::bytes() const {
   count.masks += segments_.capacity() * sizeof(Segment);
   for (const TokenGroup& group : groups_) {
     count.masks += sizeof group +
-                   (group.query_max.size() + group.key_factors.size() + group.query_power.size()) *
-                       sizeof(float);
+                   (group.query_max.size() + group.key_factors.size()) * sizeof(float) +
+                   group.query_power.size();
   }
   for (const auto& piece : owners_) {
     count.masks += sizeof(piece) + (piece != nullptr ? kMapCells * sizeof(std::uint16_t) : 0);

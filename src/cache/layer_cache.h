@@ -1,7 +1,8 @@
 // LayerCache: the K and V of one layer (and one stream) of a running model.
 //
 // Tokens live in CELLS, the slots of the host engine. New tokens are staged as exact fp16 rows in
-// pages; the policy seals them, oldest first, into immutable packed blocks. Any cell may be
+// pages; what a step leaves there may be packed to 8 bits. The policy seals staged tokens, oldest
+// first, into immutable blocks. Any cell may be
 // overwritten, copied, rotated or read at any time, sealed or not; the engine's mask says who sees
 // it (cache/visibility.h). Attention over the cache: cache/attention.h.
 //
@@ -22,49 +23,17 @@
 #include "base/half.h"
 #include "base/task_team.h"
 #include "cache/bytes.h"
+#include "cache/staging_page.h"
 #include "format/block.h"
 #include "policy/policy.h"
 
 namespace zipcache::cache {
-
-using format::Tensor;
-
-inline constexpr std::uint32_t kNoCell = UINT32_MAX;
-inline constexpr std::uint32_t kNoGroup = UINT32_MAX;
-inline constexpr std::uint32_t kPageTokens = 32;
 
 // Rows given by the engine: row i at data + i * stride_bytes.
 struct RowsView {
   const void* data = nullptr;
   std::size_t stride_bytes = 0;
   bool is_half = false;  // fp16, else float
-};
-
-// What a staged token has seen and is; kept only under policies that seal.
-struct StagedToken {
-  std::uint32_t group = kNoGroup;  // tokens of one sequence; sealed together
-  std::uint32_t arrival = 0;       // order of arrival in this cache
-  std::uint32_t seen = 0;          // probe rows that could see it
-  bool sink = false;               // never sealed
-};
-
-// A page of exact tokens: keys channel-major (no horizontal sums in scores), values token-major.
-struct StagingPage {
-  AlignedVector<Half> keys;          // [key_row, kPageTokens]
-  AlignedVector<Half> values;        // [kPageTokens, value_row]
-  std::uint32_t cells[kPageTokens];  // kNoCell = free slot
-  std::uint32_t used = 0;            // slots that hold a token
-  // A value was NaN or infinite once: a weight of 0 does not silence it, so hidden tokens must be
-  // left out of sums instead.
-  bool has_non_finite = false;
-  std::vector<StagedToken> tokens;  // kPageTokens long, or empty (fp16 policy)
-  std::vector<float> mass;          // [kPageTokens, n_kv_heads]: probe attention received
-  std::vector<float> squares;       // as mass: of each row's; only where the metric asks
-
-  std::size_t bytes() const {
-    return sizeof(StagingPage) + (keys.size() + values.size()) * sizeof(Half) +
-           tokens.size() * sizeof(StagedToken) + (mass.size() + squares.size()) * sizeof(float);
-  }
 };
 
 // A packed block. Immutable but for liveness (and rotation of keys).
@@ -107,8 +76,9 @@ struct TokenGroup {
   // Policies that balance keys: [key_row] max |q| per channel of each KV head until the first
   // sealing, from then on the factors of its keys.
   std::vector<float> query_max{}, key_factors{};
-  // Policies with wide channels: [key_row] sum of q^2 per channel of each KV head.
-  std::vector<float> query_power{};
+  // Policies with wide channels: [key_row] mean of q^2 per channel of each KV head, over its
+  // tokens, in eighths of octaves: 2^((code - 128) / 8), 0 = none.
+  std::vector<std::uint8_t> query_power{};
 };
 
 class LayerCache {
@@ -149,8 +119,8 @@ class LayerCache {
   Status put(Tensor tensor, std::span<const std::uint32_t> cells, const RowsView& rows);
 
   // Reads rows [first_cell, first_cell + n) as fp16 into out [n, key_row or value_row]: exact for
-  // staged tokens, dequantized for sealed ones, zero for cells never written or evicted (for heads
-  // that evicted the token, if only some did).
+  // tokens of the step, dequantized for packed and sealed ones, zero for cells never written or
+  // evicted (for heads that evicted the token, if only some did).
   void get(Tensor tensor, std::uint32_t first_cell, std::uint32_t n, Half* out) const;
 
   // Calls rotate(cells, keys) with keys [n, key_row] float of every token held, page by page and
@@ -182,8 +152,8 @@ class LayerCache {
   Slot find(std::uint32_t cell) const;
 
   // Packs staged tokens (page slots, any order) as one block; tiers [n_kv_heads, n] in the order of
-  // `slots`, counts as in quant::encode_block. The slots become free; call compact_staging() after
-  // the last seal of a step.
+  // `slots`, counts as in quant::encode_block. The slots become free; call settle_staging() at the
+  // end of the step.
   struct SealAs {
     format::BlockShape shape;
     std::uint32_t group = kNoGroup;
@@ -203,8 +173,9 @@ class LayerCache {
   // Dequantizes a block's live tokens back into staging (published mode: quantize everything anew).
   // Returns their slots, ascending cells; *tiers becomes [n_kv_heads, n].
   Expected<std::vector<Slot>> unseal(std::uint32_t segment, std::vector<std::uint8_t>* tiers);
-  // Moves staged tokens so that no page but the last has free slots, and frees empty pages.
-  void compact_staging();
+  // At the end of a step: packs what waits if the policy says so, and moves staged tokens so that
+  // no page but the last of a kind has free slots. What there is no memory for stays as it is.
+  void settle_staging();
   // Copies the codes of blocks of which half or less is alive into smaller ones. What can't be
   // copied (no memory, slots shared over heads) stays as it is.
   void compact_blocks();
@@ -212,29 +183,41 @@ class LayerCache {
  private:
   static constexpr std::uint16_t kNoOwner = UINT16_MAX;
   static constexpr std::uint16_t kEvicted = UINT16_MAX - 1;
-  static constexpr std::uint32_t kMapCells = 256;  // cells per lazily made piece of the owner map
+  static constexpr std::uint32_t kMapCells = 64;  // cells per lazily made piece of the owner map
 
   void make_owner_map(std::uint32_t cell);
   std::uint16_t owner(std::uint32_t cell) const;
   void set_owner(std::uint32_t cell, std::uint16_t segment);
   Expected<std::uint32_t> new_segment();
-  Expected<Slot> stage(std::uint32_t cell);         // a free slot, zero rows
-  Expected<Slot> unseal_token(std::uint32_t cell);  // one sealed token into staging
+  Expected<Slot> stage(std::uint32_t cell);          // a free slot, zero rows
+  Expected<Slot> restore_exact(std::uint32_t cell);  // a sealed or packed token, into staging
   Expected<Slot> restage(std::uint32_t cell, std::uint32_t token, std::uint32_t group,
                          const std::vector<float>& keys, const std::vector<float>& values);
   void release(std::uint32_t cell);
   void free_segment(std::uint32_t segment);
   std::shared_ptr<const format::BlockLayout> layout_for(const format::BlockShape& shape);
-  std::size_t new_page_bytes() const;
-  bool keeps_squares() const { return policy_->metric == saliency::Metric::kRoco; }
-  void reset_statistics(StagingPage& page, std::uint32_t slot);
+  StagingPage::Shape page_shape(std::uint32_t capacity, bool packed) const;
+  std::size_t new_page_bytes() const { return page_shape(kPageTokens, false).bytes(); }
+  std::uint32_t fitting(std::uint32_t n_tokens) const;
+  Expected<std::uint32_t> make_page(std::uint32_t capacity, bool packed);
+  Status resize_page(std::uint32_t id, std::uint32_t capacity);
+  Expected<std::uint32_t> packed_page_with_room(std::uint32_t n_tokens);
+  Status pack_staged();
+  Status compact_pages(bool packed);
+  void move_token(std::uint32_t from_page, std::uint32_t slot, std::uint32_t to_page);
+  bool packs() const { return policy_->staging_bits == 8; }
+  bool is_exact(const Slot& slot) const {
+    const StagingPage* page = segments_[slot.segment].page.get();
+    return page != nullptr && !page->shape.packed;
+  }
   void write_row(Tensor tensor, const Slot& slot, const RowsView& rows, std::size_t row);
-  void read_staged(const Slot& slot, Tensor tensor, float* row) const;
+  void read_staged(const Slot& slot, Tensor tensor, float* row) const {
+    segments_[slot.segment].page->read(tensor, slot.index, row);
+  }
   // Row i of both is that of slots[order[i]].
   void read_staged(std::span<const Slot> slots, std::span<const std::uint32_t> order, float* keys,
                    float* values, TaskTeam* team) const;
   std::vector<float> decode(std::uint32_t segment, Tensor tensor) const;
-  void move_token(std::uint32_t from_page, std::uint32_t to_page);
   void compact_block(SealedBlock& block);
 
   Shape shape_;
@@ -246,6 +229,7 @@ class LayerCache {
   std::vector<std::unique_ptr<std::uint16_t[]>> owners_;
   std::vector<std::shared_ptr<const format::BlockLayout>> layouts_;
   std::vector<std::uint32_t> newest_cells_;
+  std::vector<float> moved_row_;  // scratch, kept so that a step need not allocate
   std::vector<TokenGroup> groups_;
   std::uint32_t open_page_ = UINT32_MAX;  // a page that may have free slots
   std::uint32_t next_arrival_ = 0;

@@ -34,13 +34,13 @@ Status LayerCache::put(Tensor tensor, std::span<const std::uint32_t> cells, cons
       const std::uint32_t cell = cells[row];
       ZC_CHECK(cell < shape_.n_cells);
       Slot slot = find(cell);
-      if (slot.found() && segments_[slot.segment].block != nullptr) {
+      if (slot.found() && !is_exact(slot)) {
         // A new key makes a new token; a value alone completes the token that is there.
         if (tensor == Tensor::kKey) {
           release(cell);
           slot = {};
         } else {
-          Expected<Slot> staged = unseal_token(cell);
+          Expected<Slot> staged = restore_exact(cell);
           if (!staged) {
             return staged.error();
           }
@@ -54,7 +54,7 @@ Status LayerCache::put(Tensor tensor, std::span<const std::uint32_t> cells, cons
         }
         slot = *staged;
       } else if (tensor == Tensor::kKey) {
-        reset_statistics(*segments_[slot.segment].page, slot.index);
+        segments_[slot.segment].page->reset_statistics(slot.index, next_arrival_++);
       }
       write_row(tensor, slot, rows, row);
     }
@@ -67,32 +67,18 @@ Status LayerCache::put(Tensor tensor, std::span<const std::uint32_t> cells, cons
 void LayerCache::write_row(Tensor tensor, const Slot& slot, const RowsView& rows, std::size_t row) {
   StagingPage& page = *segments_[slot.segment].page;
   if (tensor == Tensor::kKey) {
-    Half* out = page.keys.data() + slot.index;
+    Half* out = page.exact_keys() + slot.index;
     for (std::uint32_t column = 0; column < shape_.key_row; ++column) {
-      out[std::size_t{column} * kPageTokens] = read_half(rows, row, column);
+      out[std::size_t{column} * page.capacity()] = read_half(rows, row, column);
     }
   } else {
-    Half* out = page.values.data() + std::size_t{slot.index} * shape_.value_row;
+    Half* out = page.exact_values() + std::size_t{slot.index} * shape_.value_row;
     bool finite = true;
     for (std::uint32_t column = 0; column < shape_.value_row; ++column) {
       out[column] = read_half(rows, row, column);
       finite &= (out[column] & 0x7c00u) != 0x7c00u;
     }
     page.has_non_finite |= !finite;
-  }
-}
-
-void LayerCache::read_staged(const Slot& slot, Tensor tensor, float* row) const {
-  const StagingPage& page = *segments_[slot.segment].page;
-  if (tensor == Tensor::kKey) {
-    for (std::uint32_t column = 0; column < shape_.key_row; ++column) {
-      row[column] = half_to_float(page.keys[std::size_t{column} * kPageTokens + slot.index]);
-    }
-  } else {
-    const Half* values = page.values.data() + std::size_t{slot.index} * shape_.value_row;
-    for (std::uint32_t column = 0; column < shape_.value_row; ++column) {
-      row[column] = half_to_float(values[column]);
-    }
   }
 }
 
@@ -108,8 +94,8 @@ void LayerCache::read_staged(std::span<const Slot> slots, std::span<const std::u
   }
   for_each(team, pages.size(), [&](std::size_t i) {
     const StagingPage& page = *segments_[pages[i]].page;
-    std::vector<float> page_keys(page.keys.size());
-    halves_to_floats(page.keys.data(), page.keys.size(), page_keys.data());
+    std::vector<float> page_keys(std::size_t{shape_.key_row} * page.capacity());
+    page.read_all_keys(page_keys.data());
     for (std::size_t row = 0; row < order.size(); ++row) {
       const Slot& slot = slots[order[row]];
       if (slot.segment != pages[i]) {
@@ -117,10 +103,9 @@ void LayerCache::read_staged(std::span<const Slot> slots, std::span<const std::u
       }
       float* out = keys + row * shape_.key_row;
       for (std::uint32_t column = 0; column < shape_.key_row; ++column) {
-        out[column] = page_keys[std::size_t{column} * kPageTokens + slot.index];
+        out[column] = page_keys[std::size_t{column} * page.capacity() + slot.index];
       }
-      halves_to_floats(page.values.data() + std::size_t{slot.index} * shape_.value_row,
-                       shape_.value_row, values + row * shape_.value_row);
+      page.read(Tensor::kValue, slot.index, values + row * shape_.value_row);
     }
   });
 }
@@ -168,20 +153,20 @@ void LayerCache::rotate_keys(const Rotate& rotate) {
     if (StagingPage* page = segments_[id].page.get()) {
       cells.clear();
       keys.resize(std::size_t{page->used} * shape_.key_row);
-      for (std::uint32_t slot = 0; slot < kPageTokens; ++slot) {
+      for (std::uint32_t slot = 0; slot < page->capacity(); ++slot) {
         if (page->cells[slot] != kNoCell) {
-          read_staged({id, slot}, Tensor::kKey, keys.data() + cells.size() * shape_.key_row);
+          page->read(Tensor::kKey, slot, keys.data() + cells.size() * shape_.key_row);
           cells.push_back(page->cells[slot]);
         }
       }
       if (!rotate(cells, keys.data())) {
         continue;
       }
-      const RowsView rows{keys.data(), shape_.key_row * sizeof(float), false};
-      std::size_t row = 0;
-      for (std::uint32_t slot = 0; slot < kPageTokens; ++slot) {
+      const float* row = keys.data();
+      for (std::uint32_t slot = 0; slot < page->capacity(); ++slot) {
         if (page->cells[slot] != kNoCell) {
-          write_row(Tensor::kKey, {id, slot}, rows, row++);
+          page->write(Tensor::kKey, slot, row);
+          row += shape_.key_row;
         }
       }
     } else if (SealedBlock* block = segments_[id].block.get()) {

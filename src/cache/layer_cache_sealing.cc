@@ -1,4 +1,4 @@
-// Staged tokens into blocks and back, and keeping the staging pages dense.
+// Staged tokens into blocks and back.
 #include <algorithm>
 #include <new>
 #include <numeric>
@@ -104,13 +104,20 @@ Status LayerCache::seal_values(std::uint32_t segment, const format::TensorFormat
   }
 }
 
-Expected<LayerCache::Slot> LayerCache::unseal_token(std::uint32_t cell) {
-  const Slot sealed = find(cell);
-  return restage(cell, sealed.index, segments_[sealed.segment].block->group,
-                 decode(sealed.segment, Tensor::kKey), decode(sealed.segment, Tensor::kValue));
+Expected<LayerCache::Slot> LayerCache::restore_exact(std::uint32_t cell) {
+  const Slot slot = find(cell);
+  if (const StagingPage* page = segments_[slot.segment].page.get()) {
+    std::vector<float> keys(shape_.key_row), values(shape_.value_row);
+    page->read(Tensor::kKey, slot.index, keys.data());
+    page->read(Tensor::kValue, slot.index, values.data());
+    const std::uint32_t group = page->tokens.empty() ? kNoGroup : page->tokens[slot.index].group;
+    return restage(cell, 0, group, keys, values);
+  }
+  return restage(cell, slot.index, segments_[slot.segment].block->group,
+                 decode(slot.segment, Tensor::kKey), decode(slot.segment, Tensor::kValue));
 }
 
-// Moves a sealed cell into staging; its rows are number `token` of the decoded block.
+// Moves a cell into an exact page; its rows are number `token` of those given.
 Expected<LayerCache::Slot> LayerCache::restage(std::uint32_t cell, std::uint32_t token,
                                                std::uint32_t group, const std::vector<float>& keys,
                                                const std::vector<float>& values) {
@@ -161,31 +168,6 @@ void LayerCache::evict(const Slot& slot) {
   set_owner(cell, kEvicted);
 }
 
-void LayerCache::compact_staging() {
-  std::vector<std::uint32_t> pages;
-  for (std::uint32_t id = 0; id < segments_.size(); ++id) {
-    if (segments_[id].page != nullptr) {
-      pages.push_back(id);
-    }
-  }
-  std::size_t front = 0;
-  std::size_t back = pages.size();
-  while (front + 1 < back) {
-    StagingPage& to = *segments_[pages[front]].page;
-    StagingPage& from = *segments_[pages[back - 1]].page;
-    if (to.used == kPageTokens) {
-      ++front;
-    } else if (from.used == 0) {
-      free_segment(pages[--back]);
-    } else {
-      move_token(pages[back - 1], pages[front]);
-    }
-  }
-  if (back > 0 && segments_[pages[back - 1]].page->used == 0) {
-    free_segment(pages[back - 1]);
-  }
-}
-
 void LayerCache::compact_blocks() {
   if (!lost_sealed_tokens_) {
     return;  // what could not shrink then can't now
@@ -233,38 +215,6 @@ void LayerCache::compact_block(SealedBlock& block) {
   block.bytes = std::move(bytes);
   block.cells = std::move(cells);
   block.dead = std::move(dead);
-}
-
-void LayerCache::move_token(std::uint32_t from_page, std::uint32_t to_page) {
-  StagingPage& from = *segments_[from_page].page;
-  StagingPage& to = *segments_[to_page].page;
-  const auto source =
-      static_cast<std::uint32_t>(std::find_if(from.cells, from.cells + kPageTokens,
-                                              [](std::uint32_t cell) { return cell != kNoCell; }) -
-                                 from.cells);
-  const auto target =
-      static_cast<std::uint32_t>(std::find(to.cells, to.cells + kPageTokens, kNoCell) - to.cells);
-  for (std::uint32_t column = 0; column < shape_.key_row; ++column) {
-    to.keys[std::size_t{column} * kPageTokens + target] =
-        from.keys[std::size_t{column} * kPageTokens + source];
-  }
-  std::copy_n(from.values.begin() + std::size_t{source} * shape_.value_row, shape_.value_row,
-              to.values.begin() + std::size_t{target} * shape_.value_row);
-  if (!to.tokens.empty()) {
-    to.tokens[target] = from.tokens[source];
-    std::copy_n(from.mass.begin() + std::size_t{source} * n_kv_heads_, n_kv_heads_,
-                to.mass.begin() + std::size_t{target} * n_kv_heads_);
-    if (!to.squares.empty()) {
-      std::copy_n(from.squares.begin() + std::size_t{source} * n_kv_heads_, n_kv_heads_,
-                  to.squares.begin() + std::size_t{target} * n_kv_heads_);
-    }
-  }
-  to.has_non_finite |= from.has_non_finite;
-  to.cells[target] = from.cells[source];
-  from.cells[source] = kNoCell;
-  set_owner(to.cells[target], static_cast<std::uint16_t>(to_page));
-  ++to.used;
-  --from.used;
 }
 
 }  // namespace zipcache::cache

@@ -8,6 +8,23 @@
 #include "base/philox.h"
 
 namespace zipcache::cache {
+namespace {
+
+// TokenGroup::query_power
+float power_of(std::uint8_t code) {
+  return code == 0 ? 0.0f : std::exp2((static_cast<float>(code) - 128.0f) / 8.0f);
+}
+std::uint8_t power_code(float power) {
+  if (!(power > 0.0f)) {  // NaN, too
+    return 0;
+  }
+  return static_cast<std::uint8_t>(
+      std::clamp(std::nearbyint(8.0f * std::log2(power)) + 128.0f, 1.0f, 255.0f));
+}
+// Fewer new tokens than this share of a group move its mean by less than a step of the code.
+constexpr std::uint32_t kPowerShare = 16;
+
+}  // namespace
 
 StagedToken& Sealer::token(const LayerCache::Slot& slot) {
   return cache_.page(slot.segment)->tokens[slot.index];
@@ -47,7 +64,7 @@ TokenGroup& Sealer::take_over(const Visibility& visible, std::uint32_t row) {
   Slots seen;
   for (std::uint32_t id = 0; id < cache_.segments().size(); ++id) {
     const StagingPage* page = cache_.segments()[id].page.get();
-    for (std::uint32_t slot = 0; page != nullptr && slot < kPageTokens; ++slot) {
+    for (std::uint32_t slot = 0; page != nullptr && slot < page->capacity(); ++slot) {
       if (page->cells[slot] != kNoCell && page->tokens[slot].arrival < step_begin &&
           visible.sees(row, page->cells[slot])) {
         seen.push_back({id, slot});
@@ -165,7 +182,7 @@ std::uint32_t Sealer::count_staged(std::uint32_t group) const {
   std::uint32_t n = 0;
   for (const Segment& segment : cache_.segments()) {
     const StagingPage* page = segment.page.get();
-    for (std::uint32_t slot = 0; page != nullptr && slot < kPageTokens; ++slot) {
+    for (std::uint32_t slot = 0; page != nullptr && slot < page->capacity(); ++slot) {
       n += page->cells[slot] != kNoCell && page->tokens[slot].group == group &&
            !page->tokens[slot].sink;
     }
@@ -178,7 +195,7 @@ Sealer::Slots Sealer::staged(std::uint32_t group) const {
   const auto& segments = cache_.segments();
   for (std::uint32_t id = 0; id < segments.size(); ++id) {
     const StagingPage* page = segments[id].page.get();
-    for (std::uint32_t slot = 0; page != nullptr && slot < kPageTokens; ++slot) {
+    for (std::uint32_t slot = 0; page != nullptr && slot < page->capacity(); ++slot) {
       if (page->cells[slot] != kNoCell && page->tokens[slot].group == group &&
           !page->tokens[slot].sink) {
         slots.push_back({id, slot});
@@ -200,6 +217,7 @@ Status Sealer::end_step(TaskTeam* helpers) {
       return sealed;
     }
   }
+  cache_.settle_staging();
   cache_.compact_blocks();
   return ok_status();
 }
@@ -207,11 +225,12 @@ Status Sealer::end_step(TaskTeam* helpers) {
 Status Sealer::seal_group(const StepGroup& group) {
   const policy::Policy& policy = cache_.policy();
   const std::uint32_t n_staged = count_staged(group.id);
-  if (n_staged <= policy.hold_tokens) {
+  const std::uint32_t n_held = policy::held_tokens(policy, find_group(group.id).n_tokens);
+  if (n_staged <= n_held) {
     return seal_held_values(group.id);
   }
   const std::vector<std::uint32_t> blocks =
-      policy::plan_seal(policy, n_staged - policy.hold_tokens, group.n_rows);
+      policy::plan_seal(policy, n_staged - n_held, group.n_rows);
   if (blocks.empty()) {
     return seal_held_values(group.id);
   }
@@ -226,7 +245,6 @@ Status Sealer::seal_group(const StepGroup& group) {
     }
     begin += n;
   }
-  cache_.compact_staging();
   return seal_held_values(group.id);
 }
 
@@ -244,14 +262,15 @@ void Sealer::observe_queries(const float* q, std::size_t row_stride, std::size_t
   if (!balances && key.wide_bp == 0) {
     return;
   }
-  const std::uint32_t dim = cache_.key_dim();
+  const std::uint32_t dim = cache_.key_dim(), width = cache_.shape().key_row;
   for (const StepGroup& step : scratch_.groups) {
     TokenGroup& group = find_group(step.id);
-    if (balances && !group.key_factors.empty()) {
+    if (balances ? !group.key_factors.empty() : step.n_rows < step.ordinal / kPowerShare) {
       continue;
     }
-    std::vector<float>& sums = balances ? group.query_max : group.query_power;
-    sums.resize(cache_.shape().key_row);
+    scratch_.query_sums.assign(width, 0.0f);
+    std::vector<float>& sums = balances ? group.query_max : scratch_.query_sums;
+    sums.resize(width);
     for (const std::uint32_t row : std::span(scratch_.rows).subspan(step.first_row, step.n_rows)) {
       for (std::uint32_t head = 0; head < cache_.n_kv_heads() * heads_per_group; ++head) {
         const float* x = q + row * row_stride + head * head_stride;
@@ -261,6 +280,20 @@ void Sealer::observe_queries(const float* q, std::size_t row_stride, std::size_t
         }
       }
     }
+    if (!balances) {
+      add_query_power(group, step, heads_per_group);
+    }
+  }
+}
+
+void Sealer::add_query_power(TokenGroup& group, const StepGroup& step,
+                             std::uint32_t heads_per_group) const {
+  group.query_power.resize(cache_.shape().key_row);
+  const auto n_before = static_cast<float>(step.ordinal);
+  const float n_all = n_before + static_cast<float>(step.n_rows);
+  for (std::size_t c = 0; c < group.query_power.size(); ++c) {
+    const float added = scratch_.query_sums[c] / static_cast<float>(heads_per_group);
+    group.query_power[c] = power_code((power_of(group.query_power[c]) * n_before + added) / n_all);
   }
 }
 
@@ -367,13 +400,15 @@ Status Sealer::seal_block(std::span<const LayerCache::Slot> oldest_first, std::u
     }
   }
   const TokenGroup& of = find_group(group);
+  std::vector<float> weights(of.query_power.size());
+  std::transform(of.query_power.begin(), of.query_power.end(), weights.begin(), power_of);
   return cache_.seal(slots,
                      {.shape = shape,
                       .group = group,
                       .end_ordinal = of.n_tokens - n_after,
                       .holds_values = holds_values,
                       .key_factors = of.key_factors,
-                      .key_weights = of.query_power},
+                      .key_weights = weights},
                      tiers, helpers_);
 }
 

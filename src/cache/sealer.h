@@ -36,6 +36,7 @@ struct SealerScratch {
   std::vector<std::uint32_t> rows;          // group by group, ascending
   std::vector<std::uint32_t> chosen;        // probes of a group
   std::vector<float> weights;               // [rows of the step]
+  std::vector<float> query_sums;            // [key_row]: of q^2, of a group
 };
 
 class Sealer {
@@ -81,6 +82,8 @@ class Sealer {
                     std::uint32_t group);
   Status seal_held_values(std::uint32_t group);
   TokenGroup& find_group(std::uint32_t id);
+  void add_query_power(TokenGroup& group, const StepGroup& step,
+                       std::uint32_t heads_per_group) const;
   void balance_keys(TokenGroup& group, const Slots& staged);
   Status gather_sealed(std::uint32_t group, format::BlockShape* shape, Slots* slots,
                        std::vector<std::uint8_t>* tiers);

@@ -22,7 +22,7 @@ Status Sealer::evict_group(const StepGroup& group) {
   const std::uint32_t n_heads = cache_.n_kv_heads();
   const std::uint32_t n_so_far = find_group(group.id).n_tokens;
   Slots leaving = staged(group.id);
-  const std::size_t n_held = std::max(policy.hold_tokens, share_of(n_so_far, policy.hold_bp));
+  const std::size_t n_held = policy::held_tokens(policy, n_so_far);
   if (leaving.size() < n_held + policy.seal_tokens) {
     return ok_status();
   }
@@ -119,7 +119,6 @@ Status Sealer::evict_group(const StepGroup& group) {
     sealed = cache_.seal(kept, {.shape = shape, .group = group.id, .mass = std::move(mass)},
                          kept_tiers, helpers_);
   }
-  cache_.compact_staging();
   return sealed;
 }
 

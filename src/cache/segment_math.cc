@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "format/block_params.h"
+#include "quant/byte_rows.h"
 
 namespace zipcache::cache {
 namespace {
@@ -15,6 +16,14 @@ using format::Tensor;
 const std::byte* at(const SealedBlock& block, std::size_t offset) {
   return block.bytes.data() + offset;
 }
+
+// 1024 + code as a half: exact, and vector code of two instructions.
+void codes_to_halves(const std::uint8_t* codes, std::size_t n, Half* halves) {
+  for (std::size_t i = 0; i < n; ++i) {
+    halves[i] = static_cast<Half>(0x6400u | codes[i]);
+  }
+}
+constexpr float kCodeOffset = 1024.0f + quant::kByteZero;
 
 }  // namespace
 
@@ -28,6 +37,7 @@ void SegmentScratch::resize(std::size_t n_rows, std::size_t max_tokens, std::siz
   channel_b.resize(round_up(max_dim, 16));
   reordered.resize(n_rows * round_up(max_dim, 16));
   order.resize(max_dim);
+  page.resize(max_dim * kPageTokens);
   kernel.resize(kernels::matmul_scratch_bytes(n_rows, widest));
 }
 
@@ -42,12 +52,78 @@ void SegmentMath::logits(const Segment& segment, std::uint32_t head, const float
                          std::size_t n_rows, float* logits, std::size_t stride,
                          SegmentScratch& scratch) const {
   if (segment.page != nullptr) {
-    const Half* keys = segment.page->keys.data() + std::size_t{head} * key_dim_ * kPageTokens;
-    multiply({keys, 16, kPageTokens, key_dim_, kPageTokens}, q, key_dim_, n_rows, logits, stride,
-             scratch);
+    page_logits(*segment.page, head, q, n_rows, logits, stride, scratch);
     return;
   }
   block_logits(*segment.block, head, q, n_rows, logits, stride, scratch);
+}
+
+// The code of a packed row, put into the mantissa, is the half 1024 + code: the product is that of
+// an exact page, and what was added comes off as one number per query row.
+void SegmentMath::page_logits(const StagingPage& page, std::uint32_t head, const float* q,
+                              std::size_t n_rows, float* logits, std::size_t stride,
+                              SegmentScratch& scratch) const {
+  const std::uint32_t n = page.capacity();
+  const std::size_t first = std::size_t{head} * key_dim_ * n;
+  if (!page.shape.packed) {
+    multiply({page.exact_keys() + first, 16, n, key_dim_, n}, q, key_dim_, n_rows, logits, stride,
+             scratch);
+    return;
+  }
+  codes_to_halves(page.key_codes() + first, std::size_t{key_dim_} * n, scratch.page.data());
+  multiply({scratch.page.data(), 16, n, key_dim_, n}, q, key_dim_, n_rows, logits, stride, scratch);
+  halves_to_floats(page.slot_scales(Tensor::kKey, head), n, scratch.token_scale.data());
+  for (std::size_t row = 0; row < n_rows; ++row) {
+    float added = 0.0f;
+    for (std::uint32_t c = 0; c < key_dim_; ++c) {
+      added += q[row * key_dim_ + c];
+    }
+    added *= kCodeOffset;
+    float* s = logits + row * stride;
+    for (std::uint32_t slot = 0; slot < n; ++slot) {
+      s[slot] = scratch.token_scale[slot] * (s[slot] - added);
+    }
+  }
+}
+
+void SegmentMath::page_accumulate(const StagingPage& page, std::uint32_t head, const float* weights,
+                                  std::size_t stride, std::size_t n_rows, float* out,
+                                  SegmentScratch& scratch) const {
+  const std::uint32_t n = page.capacity();
+  const std::size_t first = std::size_t{head} * value_dim_;
+  if (page.has_non_finite) {
+    accumulate_one_by_one(page, head, weights, stride, n_rows, out);
+    return;
+  }
+  float* product = scratch.product.data();
+  if (!page.shape.packed) {
+    multiply({page.exact_values() + first, 16, value_dim_, n, value_row_}, weights, stride, n_rows,
+             product, value_dim_, scratch);
+    kernels_.axpby(out, n_rows * value_dim_, 1.0f, product, 1.0f);
+    return;
+  }
+  for (std::uint32_t slot = 0; slot < n; ++slot) {
+    codes_to_halves(page.value_codes() + std::size_t{slot} * value_row_ + first, value_dim_,
+                    scratch.page.data() + std::size_t{slot} * value_dim_);
+  }
+  halves_to_floats(page.slot_scales(Tensor::kValue, head), n, scratch.token_scale.data());
+  for (std::size_t row = 0; row < n_rows; ++row) {
+    kernels_.multiply(scratch.operand.data() + row * n, weights + row * stride,
+                      scratch.token_scale.data(), n);
+  }
+  multiply({scratch.page.data(), 16, value_dim_, n, value_dim_}, scratch.operand.data(), n, n_rows,
+           product, value_dim_, scratch);
+  for (std::size_t row = 0; row < n_rows; ++row) {
+    float added = 0.0f;
+    for (std::uint32_t slot = 0; slot < n; ++slot) {
+      added += scratch.operand[row * n + slot];
+    }
+    added *= kCodeOffset;
+    float* o = out + row * value_dim_;
+    for (std::uint32_t c = 0; c < value_dim_; ++c) {
+      o[c] += product[row * value_dim_ + c] - added;
+    }
+  }
 }
 
 void SegmentMath::block_logits(const SealedBlock& block, std::uint32_t head, const float* q,
@@ -256,14 +332,7 @@ void SegmentMath::accumulate(const Segment& segment, std::uint32_t head, const f
                              std::size_t stride, std::size_t n_rows, float* out,
                              SegmentScratch& scratch) const {
   if (segment.page != nullptr) {
-    const Half* values = segment.page->values.data() + std::size_t{head} * value_dim_;
-    if (segment.page->has_non_finite) {
-      accumulate_one_by_one(values, weights, stride, n_rows, out);
-      return;
-    }
-    multiply({values, 16, value_dim_, kPageTokens, value_row_}, weights, stride, n_rows,
-             scratch.product.data(), value_dim_, scratch);
-    kernels_.axpby(out, n_rows * value_dim_, 1.0f, scratch.product.data(), 1.0f);
+    page_accumulate(*segment.page, head, weights, stride, n_rows, out, scratch);
     return;
   }
   block_accumulate(*segment.block, head, weights, stride, n_rows, out, scratch);
@@ -296,10 +365,12 @@ void SegmentMath::block_accumulate(const SealedBlock& block, std::uint32_t head,
 }
 
 // Tokens of weight 0 do not enter, whatever their values are.
-void SegmentMath::accumulate_one_by_one(const Half* values, const float* weights,
-                                        std::size_t stride, std::size_t n_rows, float* out) const {
+void SegmentMath::accumulate_one_by_one(const StagingPage& page, std::uint32_t head,
+                                        const float* weights, std::size_t stride,
+                                        std::size_t n_rows, float* out) const {
+  const Half* values = page.exact_values() + std::size_t{head} * value_dim_;
   for (std::size_t row = 0; row < n_rows; ++row) {
-    for (std::uint32_t slot = 0; slot < kPageTokens; ++slot) {
+    for (std::uint32_t slot = 0; slot < page.capacity(); ++slot) {
       const float weight = weights[row * stride + slot];
       for (std::uint32_t c = 0; weight != 0.0f && c < value_dim_; ++c) {
         out[row * value_dim_ + c] +=

@@ -23,6 +23,7 @@ struct SegmentScratch {
   AlignedVector<float> channel_b;    // [head_dim]
   AlignedVector<float> reordered;    // [rows, head_dim]: queries or sums in stored channel order
   std::vector<std::uint16_t> order;  // [head_dim]
+  AlignedVector<Half> page;          // [head_dim, kPageTokens]: a head's rows of a packed page
   AlignedVector<std::byte> kernel;   // kernels::Scratch
 
   void resize(std::size_t n_rows, std::size_t max_tokens, std::size_t max_dim);
@@ -39,7 +40,7 @@ class SegmentMath {
 
   // Tokens (page: slots, free ones included) of a segment.
   static std::uint32_t n_tokens(const Segment& segment) {
-    return segment.page != nullptr ? kPageTokens : segment.block->n_tokens();
+    return segment.page != nullptr ? segment.page->capacity() : segment.block->n_tokens();
   }
 
   // logits[r * stride + slot] = q[r] . key[slot], slots in slot order of the head (page: page
@@ -53,6 +54,11 @@ class SegmentMath {
                   SegmentScratch& scratch) const;
 
  private:
+  void page_logits(const StagingPage& page, std::uint32_t head, const float* q, std::size_t n_rows,
+                   float* logits, std::size_t stride, SegmentScratch& scratch) const;
+  void page_accumulate(const StagingPage& page, std::uint32_t head, const float* weights,
+                       std::size_t stride, std::size_t n_rows, float* out,
+                       SegmentScratch& scratch) const;
   void block_logits(const SealedBlock& block, std::uint32_t head, const float* q,
                     std::size_t n_rows, float* logits, std::size_t stride,
                     SegmentScratch& scratch) const;
@@ -77,8 +83,8 @@ class SegmentMath {
   void value_class(const SealedBlock& block, std::uint32_t head, int cls, const float* weights,
                    std::size_t stride, std::size_t n_rows, float* out,
                    SegmentScratch& scratch) const;
-  void accumulate_one_by_one(const Half* values, const float* weights, std::size_t stride,
-                             std::size_t n_rows, float* out) const;
+  void accumulate_one_by_one(const StagingPage& page, std::uint32_t head, const float* weights,
+                             std::size_t stride, std::size_t n_rows, float* out) const;
   void multiply(const kernels::MatrixView& matrix, const float* x, std::size_t x_stride,
                 std::size_t n_rows, float* y, std::size_t y_stride, SegmentScratch& scratch) const;
 

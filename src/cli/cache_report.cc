@@ -67,7 +67,7 @@ std::string to_table(const CacheReport& report, const RunStatistics& run) {
     table += part_row("codes", bytes.codes, report, "quantized keys and values");
     table += part_row("params", bytes.params, report, "scales, minima, channel factors");
     table += part_row("masks", bytes.masks, report, "salient tokens, cell maps, descriptors");
-    table += part_row("staging", bytes.staging, report, "exact FP16 tokens");
+    table += part_row("staging", bytes.staging, report, "tokens in no block yet");
     table += part_row("slack", bytes.slack, report, "allocated, not in use");
   }
   table += part_row("total", bytes.total, report, "all of it");

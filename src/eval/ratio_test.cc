@@ -128,6 +128,20 @@ TEST(LayerBytesOfPrompts, AreThoseOfACacheInUse) {
   }
 }
 
+// The window of tokens that wait must not eat short prompts.
+TEST(LayerBytesOfPrompts, TheDefaultHoldsItsRatioFrom256TokensOn) {
+  const auto policy = std::make_shared<policy::Policy>(policy::make_policy({}).value());
+  const LayerDims dims{.n_kv_heads = 3, .key_dim = 64, .value_dim = 64};  // SmolLM2-135M
+  const double longest = layer_bytes(policy, dims, 32768, 512).value().ratio();
+  std::vector<std::uint32_t> lengths{840, 1000, 1024, 1500, 2048, 3000, 8192};
+  for (std::uint32_t n = 256; n <= 800; n += 4) {
+    lengths.push_back(n + n / 4 % 4);  // all remainders by 16
+  }
+  for (const std::uint32_t n : lengths) {
+    EXPECT_GE(layer_bytes(policy, dims, n, 512).value().ratio(), 0.9 * longest) << n << " tokens";
+  }
+}
+
 TEST(LayerBytesOfPrompts, RefusesShapesThatTheCacheRefuses) {
   const auto policy = std::make_shared<policy::Policy>();
   EXPECT_FALSE(layer_bytes(policy, {2, 24, 24}, 10, 1));

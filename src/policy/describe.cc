@@ -53,9 +53,13 @@ std::string describe_tensor(const TensorPolicy& tensor, bool has_budget) {
 }
 
 std::string describe_schedule(const Policy& policy) {
-  std::string text = std::to_string(policy.sink_tokens) + " sinks, hold " +
-                     std::to_string(policy.hold_tokens) + ", seal " +
-                     std::to_string(policy.seal_tokens) + " in ";
+  std::string text =
+      std::to_string(policy.sink_tokens) + " sinks, hold " + std::to_string(policy.hold_tokens);
+  if (policy.hold_share_bp < 10000) {
+    text += " or " + percent_text(policy.hold_share_bp) + " %";
+  }
+  text += policy.staging_bits == 8 ? ", 8 bits until sealed" : "";
+  text += ", seal " + std::to_string(policy.seal_tokens) + " in ";
   text +=
       policy.block_tokens == 0 ? "one block" : "blocks of " + std::to_string(policy.block_tokens);
   if (policy.value_hold_tokens != 0) {

@@ -80,10 +80,14 @@ TEST(MakePolicy, DefaultMode) {
   EXPECT_EQ(policy.value.rules.clip, (Clip{1.0f, 0.75f}));
   EXPECT_EQ(policy.value.rules.rounding, quant::Rounding::kFloatMin);
 
-  EXPECT_EQ(policy.sink_tokens, 4u);
+  EXPECT_EQ(policy.sink_tokens, 2u);
   EXPECT_EQ(policy.hold_tokens, 28u);
   EXPECT_EQ(policy.seal_tokens, 64u);
-  EXPECT_EQ(policy.seal_multiple, 32u);
+  EXPECT_EQ(policy.seal_multiple, 16u);
+  EXPECT_EQ(policy.rest_tokens, 3u);
+  EXPECT_EQ(policy.min_ranked_tokens, 48u);
+  EXPECT_EQ(policy.hold_share_bp, 300u);
+  EXPECT_EQ(policy.staging_bits, 8);
   EXPECT_EQ(policy.block_tokens, 512u);
   EXPECT_FALSE(policy.requantize_all);
   EXPECT_EQ(policy.metric, Metric::kNormalized);
@@ -417,9 +421,10 @@ TEST(MakePolicy, ClippingFollowsTheWidthInDefaultModeOnly) {
 }
 
 TEST(MakePolicy, HeldTokensFillUpTheSinks) {
-  EXPECT_EQ(policy_of({{"sinks", "0"}}).hold_tokens, 32u);
-  EXPECT_EQ(policy_of({{"sinks", "33"}}).hold_tokens, 31u);
-  EXPECT_EQ(policy_of({{"sinks", "0"}, {"hold", "0"}}).hold_tokens, 0u);
+  EXPECT_EQ(policy_of({{"policy", "uniform"}, {"sinks", "0"}}).hold_tokens, 32u);
+  EXPECT_EQ(policy_of({{"policy", "uniform"}, {"sinks", "33"}}).hold_tokens, 31u);
+  EXPECT_EQ(policy_of({{"policy", "uniform"}, {"sinks", "0"}, {"hold", "0"}}).hold_tokens, 0u);
+  EXPECT_EQ(policy_of({{"sinks", "0"}}).hold_tokens, 28u);
   EXPECT_EQ(policy_of({{"mode", "paper"}, {"sinks", "4"}}).hold_tokens, 0u);
 }
 
@@ -481,13 +486,16 @@ TEST(MakePolicyErrors, Numbers) {
             "seed: found '-1', accepted: a whole number from 0 to 18446744073709551615");
   EXPECT_EQ(error_of({{"sinks", "4097"}}), "sinks: found '4097', accepted: 0..4096");
   EXPECT_EQ(error_of({{"hold", "65537"}}), "hold: found '65537', accepted: 0..65536");
-  EXPECT_EQ(error_of({{"seal", "50"}}), "seal: found '50', accepted: 32..65536 in steps of 32");
-  EXPECT_EQ(error_of({{"seal", "0"}}), "seal: found '0', accepted: 32..65536 in steps of 32");
+  EXPECT_EQ(error_of({{"seal", "50"}}), "seal: found '50', accepted: 16..65536 in steps of 16");
+  EXPECT_EQ(error_of({{"seal", "0"}}), "seal: found '0', accepted: 16..65536 in steps of 16");
   EXPECT_EQ(error_of({{"seal", "99999999999"}}),
-            "seal: found '99999999999', accepted: 32..65536 in steps of 32");
+            "seal: found '99999999999', accepted: 16..65536 in steps of 16");
+  EXPECT_EQ(error_of({{"policy", "uniform"}, {"seal", "48"}}),
+            "seal: found '48', accepted: 32..65536 in steps of 32");
   EXPECT_EQ(error_of({{"mode", "paper"}, {"seal", "15"}}), "seal: found '15', accepted: 16..65536");
   EXPECT_EQ(error_of({{"block", "100"}}),
-            "block: found '100', accepted: 0 or 32..65536 in steps of 32");
+            "block: found '100', accepted: 0 or 16..65536 in steps of 16");
+  EXPECT_EQ(error_of({{"staging-bits", "4"}}), "staging-bits: found '4', accepted: 8, 16");
   EXPECT_EQ(error_of({{"policy", "uniform"}, {"granularity", "groupwise"}, {"group", "40"}}),
             "group: found '40', accepted: 16..512 in steps of 16");
 }
@@ -573,16 +581,37 @@ TEST(SettingHelp, NamesEverySettingOnce) {
     const std::string error = error_of({{help.name, "no such value"}});
     EXPECT_EQ(error.find(help.name + ": "), 0u) << error;
   }
-  EXPECT_EQ(names, (std::set<std::string>{"policy",     "mode",          "kv-bits",
-                                          "key-wide",   "key-wide-bits", "key-bits",
-                                          "value-bits", "key-salient",   "value-salient",
-                                          "key-clip",   "value-clip",    "granularity",
-                                          "group",      "residual",      "value-params",
-                                          "sinks",      "hold",          "seal",
-                                          "block",      "heavy",         "recent",
-                                          "balancer",   "rank",          "outliers",
-                                          "metric",     "probes",        "probe-positions",
-                                          "seed",       "calibration"}));
+  EXPECT_EQ(names, (std::set<std::string>{"policy",
+                                          "mode",
+                                          "kv-bits",
+                                          "key-wide",
+                                          "key-wide-bits",
+                                          "key-bits",
+                                          "value-bits",
+                                          "key-salient",
+                                          "value-salient",
+                                          "key-clip",
+                                          "value-clip",
+                                          "granularity",
+                                          "group",
+                                          "residual",
+                                          "value-params",
+                                          "sinks",
+                                          "hold",
+                                          "hold-share",
+                                          "seal",
+                                          "block",
+                                          "staging-bits",
+                                          "heavy",
+                                          "recent",
+                                          "balancer",
+                                          "rank",
+                                          "outliers",
+                                          "metric",
+                                          "probes",
+                                          "probe-positions",
+                                          "seed",
+                                          "calibration"}));
 }
 
 TEST(PolicyHelp, NamesEveryPolicyAndItsDefaults) {
@@ -619,12 +648,14 @@ TEST(PolicyHelp, ListedSettingsAreThoseThatAreRead) {
 TEST(Describe, OneLine) {
   EXPECT_EQ(describe(policy_of({})),
             "zipcache default: K channelwise 4/2 bits (20 % salient, 50 % of channels 4 bits, clip "
-            "1/0.7), V channel-separable 3/2 bits (50 % salient, clip 1/0.75, byte params); 4 "
-            "sinks, hold 28, seal 64 in blocks of 512; metric normalized, probes default, seed 0");
+            "1/0.7), V channel-separable 3/2 bits (50 % salient, clip 1/0.75, byte params); 2 "
+            "sinks, hold 28 or 3 %, 8 bits until sealed, seal 64 in blocks of 512; metric "
+            "normalized, probes default, seed 0");
   EXPECT_EQ(describe(policy_of({{"kv-bits", "2.75"}})),
             "zipcache default of at most 2.75 bits: K channelwise 4/2 bits (some of channels 4 "
-            "bits, clip 1/0.7), V channel-separable 3/2 bits (clip 1/0.75, byte params); 4 sinks, "
-            "hold 28, seal 64 in blocks of 512; metric normalized, probes default, seed 0");
+            "bits, clip 1/0.7), V channel-separable 3/2 bits (clip 1/0.75, byte params); 2 sinks, "
+            "hold 28 or 3 %, 8 bits until sealed, seal 64 in blocks of 512; metric normalized, "
+            "probes default, seed 0");
   EXPECT_EQ(describe(policy_of({{"policy", "uniform"}, {"granularity", "groupwise"}})),
             "uniform: K tokenwise by 32 4 bits (clip 1, half params), V tokenwise by 32 4 bits "
             "(clip 1, half params); 0 sinks, hold 32, seal 64 in blocks of 512");

@@ -41,6 +41,8 @@ inline constexpr std::array<Named<format::TokenParams>, 2> kTokenParams{{
     {"half", format::TokenParams::kHalf},
 }};
 
+inline constexpr std::array<Named<std::uint8_t>, 2> kStagingBits{{{"8", 8}, {"16", 16}}};
+
 inline constexpr std::array<Named<format::Granularity>, 3> kGranularities{{
     {"channelwise", format::Granularity::kChannelwise},
     {"tokenwise", format::Granularity::kTokenwise},

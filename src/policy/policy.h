@@ -71,17 +71,26 @@ struct Policy {
   std::uint32_t kv_centibits = 0;
 
   // When tokens are sealed. Of each sequence the first `sink_tokens` never are, the newest
-  // `hold_tokens` not yet; the others are once at least `seal_tokens` of them are staged (with
-  // `seal_chunks` also whenever a prefill chunk ends), in multiples of `seal_multiple`, in blocks
-  // of at most `block_tokens` (0 = one block).
+  // held_tokens() not yet; the others are once at least `seal_tokens` of them are staged (with
+  // `seal_chunks` also whenever a prefill chunk ends), in multiples of `seal_multiple` and what
+  // remains if that is more than `rest_tokens`, in blocks of at most `block_tokens` (0 = one
+  // block).
   std::uint32_t sink_tokens = 4;
   std::uint32_t hold_tokens = 28;
+  // Held at most: this share of a sequence's tokens so far, but for the first `hold_after`.
+  std::uint32_t hold_share_bp = 10000;
+  std::uint32_t hold_after = 0;
+  std::uint32_t hold_bp = 0;  // held at least: this share of a sequence's tokens so far
   std::uint32_t seal_tokens = 64;
-  std::uint32_t hold_bp = 0;  // held at least: this share of the sequence's tokens so far
+  // A step of this many tokens or more is a chunk of a prompt and seals as few as these.
+  std::uint32_t chunk_tokens = UINT32_MAX;
+  // Width of what a step leaves staged: 16 = exact, 8 = packed (cache/staging_page.h).
+  std::uint8_t staging_bits = 16;
   // Eviction: class 1 has width 0, class 0 is key.salient_bp of the tokens of the sequence so far.
   // Sealed tokens go on receiving attention and are ranked again with every sealing.
   bool evicts = false;
   std::uint32_t seal_multiple = 32;
+  std::uint32_t rest_tokens = UINT32_MAX;
   std::uint32_t block_tokens = 512;
   bool seal_chunks = false;
   // Values of the newest so many tokens of a sequence stay exact (width 16) when their keys are
@@ -157,10 +166,13 @@ std::uint32_t least_centibits(const Policy& policy, std::uint32_t n_tokens,
                               std::uint32_t n_kv_heads, std::uint32_t key_dim,
                               std::uint32_t value_dim);
 
+// How many of the newest tokens of a sequence of `n_tokens` wait.
+std::uint32_t held_tokens(const Policy& policy, std::uint32_t n_tokens);
+
 // Of `n_sealable` staged tokens of a sequence (sinks and held ones not counted), how many to seal
 // after a step that added `n_new` tokens to it, as block sizes in order, oldest tokens first; empty
 // when it is too early. With seal_chunks n_new > 1 is a prefill chunk, which seals everything, and
-// n_new == 1 a decode step; other policies do not look at n_new.
+// n_new == 1 a decode step.
 std::vector<std::uint32_t> plan_seal(const Policy& policy, std::uint32_t n_sealable,
                                      std::uint32_t n_new);
 

@@ -83,10 +83,10 @@ std::uint32_t centibits(const format::BlockShape& shape) {
   return static_cast<std::uint32_t>((bits * 100 + elements - 1) / elements);
 }
 
-// n tokens (a multiple of seal_multiple) in blocks that differ by one multiple at most, larger ones
-// first.
+// n tokens in blocks that differ by one multiple at most, larger ones first; the last one lacks
+// what n lacks to a multiple.
 std::vector<std::uint32_t> even_blocks(const Policy& policy, std::uint32_t n) {
-  const std::uint32_t units = n / policy.seal_multiple;
+  const std::uint32_t units = n / policy.seal_multiple + (n % policy.seal_multiple != 0 ? 1 : 0);
   if (units == 0) {
     return {};
   }
@@ -97,6 +97,7 @@ std::vector<std::uint32_t> even_blocks(const Policy& policy, std::uint32_t n) {
   for (std::uint32_t block = 0; block < units % n_blocks; ++block) {
     blocks[block] += policy.seal_multiple;
   }
+  blocks.back() -= units * policy.seal_multiple - n;
   return blocks;
 }
 
@@ -185,20 +186,36 @@ std::uint32_t least_centibits(const Policy& policy, std::uint32_t n_tokens,
   return centibits(block_shape(least, n_tokens, n_kv_heads, key_dim, value_dim));
 }
 
+std::uint32_t held_tokens(const Policy& policy, std::uint32_t n_tokens) {
+  const auto share = [](std::uint32_t n, std::uint32_t basis_points) {
+    return static_cast<std::uint32_t>(std::uint64_t{n} * basis_points / 10000);
+  };
+  std::uint32_t most = policy.hold_tokens;
+  if (policy.hold_share_bp < 10000) {
+    const std::uint32_t beyond = n_tokens - std::min(n_tokens, policy.hold_after);
+    most = std::min(most, share(beyond, policy.hold_share_bp));
+  }
+  return std::max(most, share(n_tokens, policy.hold_bp));
+}
+
 std::vector<std::uint32_t> plan_seal(const Policy& policy, std::uint32_t n_sealable,
                                      std::uint32_t n_new) {
   if (!policy.seals()) {
     return {};
   }
   const bool seals_whole_chunk = policy.seal_chunks && n_new > 1;
-  if (!seals_whole_chunk && n_sealable < policy.seal_tokens) {
+  const std::uint32_t due = n_new >= policy.chunk_tokens
+                                ? std::min(policy.chunk_tokens, policy.seal_tokens)
+                                : policy.seal_tokens;
+  if (!seals_whole_chunk && n_sealable < due) {
     return {};
   }
   ZC_CHECK(policy.seal_multiple >= 1 && policy.block_tokens % policy.seal_multiple == 0);
 
   // Tokens whose values stay exact for a while come in small blocks, so that no more of them wait
   // than must.
-  const std::uint32_t n_seal = n_sealable / policy.seal_multiple * policy.seal_multiple;
+  const std::uint32_t rest = n_sealable % policy.seal_multiple;
+  const std::uint32_t n_seal = rest > policy.rest_tokens ? n_sealable : n_sealable - rest;
   const std::uint32_t n_held = std::min(
       static_cast<std::uint32_t>(round_up(policy.value_hold_tokens, policy.value_hold_block)),
       n_seal);

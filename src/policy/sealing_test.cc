@@ -15,8 +15,8 @@ Policy policy_of(const std::map<std::string, std::string>& settings) {
   return make_policy(settings).value();
 }
 
-TEST(PlanSeal, DefaultSealsEvenBlocksOldestFirst) {
-  const Policy policy = policy_of({{"block", "256"}});
+TEST(PlanSeal, UniformSealsEvenBlocksOldestFirst) {
+  const Policy policy = policy_of({{"policy", "uniform"}, {"block", "256"}});
   EXPECT_EQ(plan_seal(policy, 0, 1), Blocks{});
   EXPECT_EQ(plan_seal(policy, 63, 1), Blocks{});
   EXPECT_EQ(plan_seal(policy, 64, 1), (Blocks{64}));
@@ -26,6 +26,31 @@ TEST(PlanSeal, DefaultSealsEvenBlocksOldestFirst) {
   EXPECT_EQ(plan_seal(policy, 288, 288), (Blocks{160, 128}));
   EXPECT_EQ(plan_seal(policy, 480, 480), (Blocks{256, 224}));
   EXPECT_EQ(plan_seal(policy, 2016, 2048), (Blocks{256, 256, 256, 256, 256, 256, 256, 224}));
+}
+
+TEST(PlanSeal, DefaultSealsARestThatWouldCostMoreToWait) {
+  const Policy policy = policy_of({{"block", "256"}});
+  EXPECT_EQ(plan_seal(policy, 63, 1), Blocks{});
+  EXPECT_EQ(plan_seal(policy, 64, 1), (Blocks{64}));
+  EXPECT_EQ(plan_seal(policy, 67, 1), (Blocks{64}));
+  EXPECT_EQ(plan_seal(policy, 68, 1), (Blocks{68}));
+  EXPECT_EQ(plan_seal(policy, 256, 256), (Blocks{256}));
+  EXPECT_EQ(plan_seal(policy, 259, 259), (Blocks{256}));
+  EXPECT_EQ(plan_seal(policy, 260, 260), (Blocks{144, 116}));
+  EXPECT_EQ(plan_seal(policy, 517, 517), (Blocks{176, 176, 165}));
+}
+
+TEST(HeldTokens, AreAShareOfWhatIsBeyondAShortSequence) {
+  const Policy policy = policy_of({{"hold", "28"}, {"hold-share", "4"}});
+  EXPECT_EQ(held_tokens(policy, 0), 0u);
+  EXPECT_EQ(held_tokens(policy, 536), 0u);
+  EXPECT_EQ(held_tokens(policy, 537), 1u);
+  EXPECT_EQ(held_tokens(policy, 1211), 27u);
+  EXPECT_EQ(held_tokens(policy, 1212), 28u);
+  EXPECT_EQ(held_tokens(policy, UINT32_MAX), 28u);
+  EXPECT_EQ(held_tokens(policy_of({{"hold-share", "100"}}), 1), 28u);
+  EXPECT_EQ(held_tokens(policy_of({{"policy", "uniform"}}), 1), 32u);
+  EXPECT_EQ(held_tokens(policy_of({{"policy", "h2o"}, {"recent", "10"}}), 1000), 100u);
 }
 
 TEST(PlanSeal, Fp16NeverSeals) {
@@ -45,13 +70,20 @@ TEST(PlanSeal, PublishedModesSealAPrefillWholeAndDecodeByTheHundred) {
   }
 }
 
-TEST(PlanSeal, NewTokensMatterInPublishedModesOnly) {
-  for (const char* kind : {"uniform", "zipcache"}) {
-    const Policy policy = policy_of({{"policy", kind}});
-    for (std::uint32_t n_sealable = 0; n_sealable <= 1000; ++n_sealable) {
-      EXPECT_EQ(plan_seal(policy, n_sealable, 1), plan_seal(policy, n_sealable, n_sealable));
-    }
+TEST(PlanSeal, UniformDoesNotLookAtNewTokens) {
+  const Policy policy = policy_of({{"policy", "uniform"}});
+  for (std::uint32_t n_sealable = 0; n_sealable <= 1000; ++n_sealable) {
+    EXPECT_EQ(plan_seal(policy, n_sealable, 1), plan_seal(policy, n_sealable, n_sealable));
   }
+}
+
+TEST(PlanSeal, DefaultSealsTheEndOfAPromptSoonerThanDecodedTokens) {
+  const Policy policy = policy_of({{"block", "0"}});
+  EXPECT_EQ(plan_seal(policy, 40, 1), Blocks{});
+  EXPECT_EQ(plan_seal(policy, 40, 15), Blocks{});
+  EXPECT_EQ(plan_seal(policy, 15, 16), Blocks{});
+  EXPECT_EQ(plan_seal(policy, 16, 16), Blocks{16});
+  EXPECT_EQ(plan_seal(policy, 40, 16), Blocks{40});
 }
 
 TEST(PlanSeal, KiviSealsKeysByTheResidualAndItsHeldValuesInSmallBlocks) {
@@ -79,17 +111,19 @@ TEST(PlanSeal, Properties) {
     for (std::uint32_t n_sealable = 0; n_sealable <= 1000; ++n_sealable) {
       const Blocks blocks = plan_seal(policy, n_sealable, 1);
       const std::uint32_t sum = std::accumulate(blocks.begin(), blocks.end(), 0u);
-      const std::uint32_t floor = n_sealable / policy.seal_multiple * policy.seal_multiple;
-      ASSERT_EQ(sum, n_sealable < policy.seal_tokens ? 0 : floor) << n_sealable;
+      const std::uint32_t rest = n_sealable % policy.seal_multiple;
+      const std::uint32_t all = rest > policy.rest_tokens ? n_sealable : n_sealable - rest;
+      ASSERT_EQ(sum, n_sealable < policy.seal_tokens ? 0 : all) << n_sealable;
       if (blocks.empty()) {
         continue;
       }
       EXPECT_TRUE(std::is_sorted(blocks.rbegin(), blocks.rend()));
-      EXPECT_LE(blocks.front() - blocks.back(), policy.seal_multiple);
+      EXPECT_LT(blocks.front() - blocks.back(), 2 * policy.seal_multiple);
       EXPECT_GT(blocks.back(), 0u);
-      for (const std::uint32_t block : blocks) {
-        EXPECT_EQ(block % policy.seal_multiple, 0u);
+      for (std::size_t i = 0; i + 1 < blocks.size(); ++i) {
+        EXPECT_EQ(blocks[i] % policy.seal_multiple, 0u);
       }
+      EXPECT_EQ(blocks.back() % policy.seal_multiple, sum % policy.seal_multiple);
       if (policy.block_tokens == 0) {
         EXPECT_EQ(blocks.size(), 1u);
       } else {

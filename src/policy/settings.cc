@@ -187,15 +187,22 @@ const std::vector<SettingHelp>& setting_words() {
        "tokens that kivi keeps exact: keys are quantized so many at a time, values when so many "
        "newer ones are there"},
       {"value-params", "byte, half", "how a value token's scale and minimum are stored"},
-      {"sinks", "0..4096", "first tokens of a sequence, kept exact"},
+      {"sinks", "0..4096", "first tokens of a sequence, never sealed"},
       {"hold", "0..65536",
-       "newest tokens, not yet quantized; where it is 28, it fills up the sinks to a multiple of "
-       "32"},
+       "newest tokens, not yet quantized; in uniform it fills up the sinks to a multiple of 32"},
+      {"hold-share", "0..100 percent, two decimals",
+       "most that are held, of a sequence's tokens beyond the first 512; 100 is no limit"},
       {"seal",
-       "32..65536 in steps of 32; paper, official, gear, mikv and static 16..65536, h2o 1..65536",
+       "16..65536 in steps of 16; uniform in steps of 32, paper, official, gear, mikv and static "
+       "of "
+       "1, h2o 1..65536",
        "staged tokens that start a quantization"},
-      {"block", "0 or 32..65536 in steps of 32; paper, official, mikv and static 0 or 16..65536",
+      {"block",
+       "0 or 16..65536 in steps of 16; uniform in steps of 32, paper, official, mikv and static of "
+       "1",
        "most tokens of one block, 0 for no limit"},
+      {"staging-bits", "8, 16",
+       "width of sinks and of tokens that wait, once their step is over; 16 is exact"},
       {"rank", "0..16",
        "of the low-rank term, per head of a block; at most 2 in blocks of decoded tokens"},
       {"outliers", "0..100 percent, two decimals",

@@ -71,6 +71,11 @@ void read_schedule(SettingReader& in, Policy& policy) {
                policy.block_tokens);
 }
 
+void read_staging(SettingReader& in, Policy& policy) {
+  policy.hold_share_bp = in.percent("hold-share", policy.hold_share_bp);
+  policy.staging_bits = in.choice("staging-bits", kStagingBits, policy.staging_bits);
+}
+
 void read_ranking(SettingReader& in, Policy& policy) {
   policy.metric = in.choice("metric", kMetrics, policy.metric);
   const bool by_last_row = policy.metric == saliency::Metric::kLastToken;

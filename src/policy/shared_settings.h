@@ -29,6 +29,9 @@ std::uint16_t read_group(SettingReader& in, std::string_view name, std::uint16_t
 // sinks, hold, seal, block.
 void read_schedule(SettingReader& in, Policy& policy);
 
+// hold-share and staging-bits.
+void read_staging(SettingReader& in, Policy& policy);
+
 // metric, probes, probe-positions, seed.
 void read_ranking(SettingReader& in, Policy& policy);
 

@@ -32,7 +32,16 @@ Policy default_preset() {
   policy.value.rules.keep_length = true;
   policy.value.salient_bp = 5000;
   policy.value.class_multiple = 32;  // values: a word of a 1-bit plane holds 32 tokens
-  policy.hold_tokens = kFillWindow;
+  // A short prompt pays for every token that waits: few do, in 8 bits (decision 0008).
+  policy.staging_bits = 8;
+  policy.sink_tokens = 2;
+  policy.hold_tokens = 28;
+  policy.hold_share_bp = 300;
+  policy.hold_after = 512;
+  policy.chunk_tokens = 16;
+  policy.min_ranked_tokens = 48;  // smaller blocks gain nothing by a second class's parameters
+  policy.seal_multiple = 16;      // lanes of a group: what lacks to it is padding
+  policy.rest_tokens = 3;         // more cost less in a padded group than they cost to wait
   return policy;
 }
 
@@ -73,11 +82,13 @@ Policy make(SettingReader& in) {
   }
   if (measured) {
     read_budget(in, policy);
+    policy.min_ranked_tokens = policy.kv_centibits == 0 ? policy.min_ranked_tokens : 0;
   } else {
     in.reject("kv-bits", "but the widths of mode '" + std::string(name_of(kModes, mode)) +
                              "' are those of the publication");
   }
   read_schedule(in, policy);
+  read_staging(in, policy);
   read_ranking(in, policy);
   return policy;
 }
@@ -87,9 +98,11 @@ Policy make(SettingReader& in) {
 Method zipcache_method() {
   return {"zipcache",
           "more bits for salient tokens; measured best here",
-          {"mode", "kv-bits", "key-bits", "value-bits", "key-salient", "value-salient", "key-clip",
-           "key-wide", "key-wide-bits", "value-clip", "value-params", "sinks", "hold", "seal",
-           "block", "metric", "probes", "probe-positions", "seed"},
+          {"mode",          "kv-bits",      "key-bits", "value-bits",    "key-salient",
+           "value-salient", "key-clip",     "key-wide", "key-wide-bits", "value-clip",
+           "value-params",  "sinks",        "hold",     "seal",          "block",
+           "hold-share",    "staging-bits", "metric",   "probes",        "probe-positions",
+           "seed"},
           make,
           {{"paper", "the paper's text: 4 and 2 bits, 60 % salient"},
            {"official", "the published code: re-quantizes everything each time"}}};

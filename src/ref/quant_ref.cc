@@ -109,6 +109,28 @@ Quantized tokenwise(std::span<const double> x, std::size_t rows, std::size_t col
   return groupwise(x, rows, columns, columns, bits);
 }
 
+Quantized byte_rows(std::span<const double> x, std::size_t rows, std::size_t columns) {
+  Quantized out = blank(x.size());
+  for (std::size_t row = 0; row < rows; ++row) {
+    double largest = 0;
+    for (const double value : x.subspan(row * columns, columns)) {
+      largest = std::max(largest, std::abs(value));
+    }
+    // fp16 steps: 2^-24 below 2^-14, else 2^-10 of the power of two below.
+    const double least = largest / 127;
+    const double step =
+        std::pow(2.0, least < std::pow(2.0, -14) ? -24 : std::floor(std::log2(least)) - 10);
+    const double scale = std::ceil(least / step) * step;
+    out.params.push_back({scale, -128 * scale});
+    for (std::size_t c = 0; c < columns; ++c) {
+      const std::size_t at = row * columns + c;
+      out.codes[at] = 128 + static_cast<int>(scale == 0 ? 0 : round_half_even(x[at] / scale));
+      out.values[at] = scale * (out.codes[at] - 128);
+    }
+  }
+  return out;
+}
+
 std::vector<double> channel_factors(std::span<const double> x, std::size_t /*rows*/,
                                     std::size_t columns) {
   std::vector<double> factors;

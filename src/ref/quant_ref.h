@@ -50,6 +50,9 @@ Quantized groupwise(std::span<const double> x, std::size_t rows, std::size_t col
 // One (scale, min) per token over all channels; params[row].
 Quantized tokenwise(std::span<const double> x, std::size_t rows, std::size_t columns, int bits);
 
+// Rows in 8 bits: scale = max |x| / 127 rounded up to fp16, min = -128 * scale; params[row].
+Quantized byte_rows(std::span<const double> x, std::size_t rows, std::size_t columns);
+
 // sqrt(max_t |x_tc|), 1 for a channel of zeros.
 std::vector<double> channel_factors(std::span<const double> x, std::size_t rows,
                                     std::size_t columns);

@@ -76,7 +76,12 @@ Expected<policy::Policy> device_policy(const policy::Policy& asked) {
   const auto whole_pages = [](std::uint32_t n) {
     return (n + kPageTokens - 1) / kPageTokens * kPageTokens;
   };
+  // The window is exact, as long in short prompts as in long ones.
+  used.staging_bits = 16;
+  used.hold_share_bp = 10000;
   used.seal_multiple = kPageTokens;
+  used.rest_tokens = kPageTokens;
+  used.chunk_tokens = UINT32_MAX;
   used.seal_tokens = whole_pages(asked.seal_tokens);
   used.block_tokens =
       std::min(whole_pages(asked.block_tokens == 0 ? kMaxBlock : asked.block_tokens), kMaxBlock);
@@ -106,6 +111,9 @@ std::string device_policy_note(const policy::Policy& asked, const policy::Policy
   }
   if (asked.value.token_params != format::TokenParams::kHalf) {
     note += std::string(note.empty() ? "" : "; ") + "value-params are fp16 pairs";
+  }
+  if (asked.staging_bits != used.staging_bits || asked.hold_share_bp != used.hold_share_bp) {
+    note += std::string(note.empty() ? "" : "; ") + "tokens that wait are exact at any length";
   }
   if (used.seal_tokens != asked.seal_tokens) {
     note += std::string(note.empty() ? "" : "; ") + "seal is " + std::to_string(used.seal_tokens);
