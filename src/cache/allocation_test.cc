@@ -87,8 +87,9 @@ class AllocationTest : public testing::Test {
     return after - before;
   }
 
-  // Changes when a page or a block is made, or a page grows (every fourth step here).
-  std::size_t held_bytes() const { return budget_->used(); }
+  // Changes when a page, a block or a piece of the cell map is made, or a page grows (every fourth
+  // step here).
+  std::size_t held_bytes() const { return cache_.bytes().total(); }
 
   std::shared_ptr<const policy::Policy> policy_ =
       std::make_shared<const policy::Policy>(policy::make_policy({}).value());

@@ -13,8 +13,9 @@ namespace zipcache::cache {
 namespace {
 
 constexpr std::uint32_t kMaxGroup = 8;
-// Of the largest value: fixed-point operands, and sums in float beside the oracle's double.
-constexpr double kTolerance = 3e-3;
+// Of the largest value: fixed-point operands, sums in float beside the oracle's double, and packed
+// and sealed rows that the oracle reads rounded to fp16.
+constexpr double kTolerance = 4e-3;
 
 using Shape = std::tuple<std::uint32_t, const char*>;  // head_dim, table
 

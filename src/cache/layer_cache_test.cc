@@ -225,6 +225,19 @@ TEST(LayerCache, WhatAStepLeavesStagedIsPackedUntilItIsDue) {
   EXPECT_LE(engine.budget().used(), engine.cache().bytes().total());
 }
 
+TEST(LayerCache, TheEndOfAPromptIsSealedButNotAShortPrompt) {
+  TestEngine engine({}, {}, best(), 1, 7);
+  engine.step({{0, 65}}, false);  // 2 sinks, and 63 are fewer than a block of decoded tokens
+  EXPECT_EQ(engine.cache().bytes().sealed_tokens, 0u);
+  engine.step({{1, 66}}, false);
+  EXPECT_EQ(engine.cache().bytes().sealed_tokens, 64u);
+  engine.step({{1, 16}}, false);
+  EXPECT_EQ(engine.cache().bytes().sealed_tokens, 80u);
+  engine.step({{1, 15}}, false);
+  EXPECT_EQ(engine.cache().bytes().sealed_tokens, 80u);
+  expect_close(engine.step({{0, 1}, {1, 1}}, false), 3e-3, "sealed and packed");
+}
+
 TEST(LayerCache, AValueAloneMakesAPackedTokenExactAgain) {
   TestEngine engine({}, {}, best(), 1, 7);
   engine.step({{0, 100}}, false);
@@ -415,7 +428,7 @@ TEST(LayerCache, OverwrittenSealedTokensAreNeverSeenAgain) {
   engine.step({{0, 200}}, false);
   engine.remove(0, 150);
   for (int i = 0; i < 10; ++i) {
-    expect_close(engine.step({{1, 20}}, false), 3e-3, "reused cells");
+    expect_close(engine.step({{1, 20}}, false), 4e-3, "reused cells");
   }
   EXPECT_GT(engine.cache().bytes().slack, 0u);
 }

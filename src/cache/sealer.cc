@@ -225,8 +225,14 @@ Status Sealer::end_step(TaskTeam* helpers) {
 Status Sealer::seal_group(const StepGroup& group) {
   const policy::Policy& policy = cache_.policy();
   const std::uint32_t n_staged = count_staged(group.id);
-  const std::uint32_t n_held = policy::held_tokens(policy, find_group(group.id).n_tokens);
+  const std::uint32_t n_tokens = find_group(group.id).n_tokens;
+  const std::uint32_t n_held = policy::held_tokens(policy, n_tokens);
   if (n_staged <= n_held) {
+    return seal_held_values(group.id);
+  }
+  // The sooner end of a chunk is for sequences that have blocks: there is nothing to gain before.
+  if (!policy.seal_chunks && n_tokens < policy.sink_tokens + policy.seal_tokens &&
+      n_staged - n_held < policy.seal_tokens) {
     return seal_held_values(group.id);
   }
   const std::vector<std::uint32_t> blocks =

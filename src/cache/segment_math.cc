@@ -17,13 +17,14 @@ const std::byte* at(const SealedBlock& block, std::size_t offset) {
   return block.bytes.data() + offset;
 }
 
-// 1024 + code as a half: exact, and vector code of two instructions.
+// 256 + code as a half: exact, and vector code of a few instructions. No smaller power of two has
+// room for 256 codes, and a larger one would cost digits of the sums.
 void codes_to_halves(const std::uint8_t* codes, std::size_t n, Half* halves) {
   for (std::size_t i = 0; i < n; ++i) {
-    halves[i] = static_cast<Half>(0x6400u | codes[i]);
+    halves[i] = static_cast<Half>(0x5c00u | (codes[i] << 2));
   }
 }
-constexpr float kCodeOffset = 1024.0f + quant::kByteZero;
+constexpr double kCodeOffset = 256.0 + quant::kByteZero;
 
 }  // namespace
 
@@ -58,7 +59,7 @@ void SegmentMath::logits(const Segment& segment, std::uint32_t head, const float
   block_logits(*segment.block, head, q, n_rows, logits, stride, scratch);
 }
 
-// The code of a packed row, put into the mantissa, is the half 1024 + code: the product is that of
+// The code of a packed row, put into the mantissa, is the half 256 + code: the product is that of
 // an exact page, and what was added comes off as one number per query row.
 void SegmentMath::page_logits(const StagingPage& page, std::uint32_t head, const float* q,
                               std::size_t n_rows, float* logits, std::size_t stride,
@@ -74,11 +75,11 @@ void SegmentMath::page_logits(const StagingPage& page, std::uint32_t head, const
   multiply({scratch.page.data(), 16, n, key_dim_, n}, q, key_dim_, n_rows, logits, stride, scratch);
   halves_to_floats(page.slot_scales(Tensor::kKey, head), n, scratch.token_scale.data());
   for (std::size_t row = 0; row < n_rows; ++row) {
-    float added = 0.0f;
+    double sum = 0.0;
     for (std::uint32_t c = 0; c < key_dim_; ++c) {
-      added += q[row * key_dim_ + c];
+      sum += q[row * key_dim_ + c];
     }
-    added *= kCodeOffset;
+    const auto added = static_cast<float>(sum * kCodeOffset);
     float* s = logits + row * stride;
     for (std::uint32_t slot = 0; slot < n; ++slot) {
       s[slot] = scratch.token_scale[slot] * (s[slot] - added);
@@ -114,11 +115,11 @@ void SegmentMath::page_accumulate(const StagingPage& page, std::uint32_t head, c
   multiply({scratch.page.data(), 16, value_dim_, n, value_dim_}, scratch.operand.data(), n, n_rows,
            product, value_dim_, scratch);
   for (std::size_t row = 0; row < n_rows; ++row) {
-    float added = 0.0f;
+    double sum = 0.0;
     for (std::uint32_t slot = 0; slot < n; ++slot) {
-      added += scratch.operand[row * n + slot];
+      sum += scratch.operand[row * n + slot];
     }
-    added *= kCodeOffset;
+    const auto added = static_cast<float>(sum * kCodeOffset);
     float* o = out + row * value_dim_;
     for (std::uint32_t c = 0; c < value_dim_; ++c) {
       o[c] += product[row * value_dim_ + c] - added;
