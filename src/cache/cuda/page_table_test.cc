@@ -97,7 +97,7 @@ TEST(PageTable, PromptSealsWholePagesAndKeepsSinksAndNewest) {
   EXPECT_FALSE(step->is_decode);
   const StreamStep& s = step->streams[0];
   ASSERT_EQ(s.seals.size(), 1u);
-  EXPECT_EQ(s.seals[0].block->n_tokens, 448u);  // 512 - 4 sinks - 28 held, in pages of 64
+  EXPECT_EQ(s.seals[0].block->n_tokens, 448u);  // 512 but for sinks and 28 held, in pages of 64
   EXPECT_TRUE(s.seals[0].is_first);
   expect_all_kept(s);
   EXPECT_EQ(engine.table().live_tokens(), 512u);
@@ -219,7 +219,7 @@ TEST(PageTable, RestoredRowsAreSealedByTheNextStep) {
   }
   EXPECT_EQ(s.window_cells[s.place[0]], 1000);
   ASSERT_GE(s.seals.size(), 1u);
-  EXPECT_EQ(s.seals[0].window_begin, 4u);  // the first are the sinks
+  EXPECT_EQ(s.seals[0].window_begin, make_policy().sink_tokens);
   expect_all_kept(s);
   EXPECT_EQ(engine.table().live_tokens(), 1001u);
   EXPECT_TRUE(engine.table().restored_cells(1).empty());
