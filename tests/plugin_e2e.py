@@ -32,6 +32,7 @@ STORIES = [
 # Of log probability. llama.cpp with and without flash attention differ by 0.043 on average and up to
 # 0.33 on this model; a wrong row in the cache makes differences of several.
 TIE, MEAN_DIFFERENCE = 0.5, 0.12
+MEAN_TOKENS = 8  # fewer have no mean: two tokens before a tie have differed by 0.19 and 0.08
 
 
 def complete(*arguments, n=32, prompt=PROMPT, **options):
@@ -53,7 +54,8 @@ def same_tokens(test, found, expected, at_least=8):
             test.assertLess(theirs["logprob"] - likely[ours["id"]], TIE, f"token {position}")
             break
     test.assertGreaterEqual(len(differences), at_least, "too early a tie: choose another prompt")
-    test.assertLess(sum(differences) / len(differences), MEAN_DIFFERENCE)
+    if len(differences) >= MEAN_TOKENS:
+        test.assertLess(sum(differences) / len(differences), MEAN_DIFFERENCE)
     return len(differences)
 
 

@@ -67,7 +67,7 @@ class Claims(unittest.TestCase):
 
         for score, verdict in ((0.895, "**reproduced**"), (0.88, "**not reproduced**")):
             verdicts = self.judge(claims.AIMS, **{"lines-smollm2": lines(score)})
-            self.assertEqual(verdicts["A4"], verdict)
+            self.assertEqual(verdicts["A5"], verdict)
 
     def test_orderings(self):
         def records(*klds):
