@@ -80,21 +80,6 @@ void tile(const std::uint16_t* m, std::size_t half_stride, std::size_t inner, co
   }
 }
 
-// Fewer than 8 lanes: copied, because a vector load would read past the last row of the matrix.
-void narrow_matrix(const std::uint16_t* m, std::size_t lanes, std::size_t half_stride,
-                   std::size_t inner, const float* x, float* y) {
-  __m256 sum = _mm256_setzero_ps();
-  for (std::size_t i = 0; i < inner; ++i) {
-    alignas(16) std::uint16_t halves[8] = {};
-    for (std::size_t lane = 0; lane < lanes; ++lane) {
-      halves[lane] = m[i * half_stride + lane];
-    }
-    const __m256 column = _mm256_cvtph_ps(_mm_load_si128(reinterpret_cast<__m128i*>(halves)));
-    sum = _mm256_fmadd_ps(_mm256_set1_ps(x[i]), column, sum);
-  }
-  _mm256_storeu_ps(y, sum);
-}
-
 using Tile = void (*)(const std::uint16_t*, std::size_t, std::size_t, const float*, std::size_t,
                       float*, std::size_t);
 
@@ -120,14 +105,41 @@ Tile find_tile(std::size_t rows, std::size_t vectors) {
   }
 }
 
+// Fewer than 8 lanes: copied into rows of 8, because a vector load would read past the last row of
+// the matrix. Once for all query rows: copied for each, two sinks took 8 % of reading a prompt.
+void narrow_matrix(const MatrixView& m, const float* x, std::size_t x_stride, std::size_t n_rows,
+                   float* y, std::size_t y_stride) {
+  constexpr std::size_t kLanes = 8, kPart = 512;  // no head is larger
+  const auto* const data = static_cast<const std::uint16_t*>(m.data);
+  alignas(32) std::uint16_t part[kPart * kLanes] = {};
+  alignas(32) float sums[kMaxTileRows * kLanes];
+  for (std::size_t begin = 0; begin == 0 || begin < m.inner; begin += kPart) {
+    const std::size_t inner = m.inner - begin < kPart ? m.inner - begin : kPart;
+    for (std::size_t i = 0; i < inner; ++i) {
+      for (std::size_t lane = 0; lane < m.lanes; ++lane) {
+        part[i * kLanes + lane] = data[(begin + i) * m.half_stride + lane];
+      }
+    }
+    for (std::size_t row = 0; row < n_rows; row += kMaxTileRows) {
+      const std::size_t rows = n_rows - row < kMaxTileRows ? n_rows - row : kMaxTileRows;
+      find_tile(rows, 1)(part, kLanes, inner, x + row * x_stride + begin, x_stride, sums, kLanes);
+      for (std::size_t r = 0; r < rows; ++r) {
+        float* const to = y + (row + r) * y_stride;
+        const __m256 sum = _mm256_load_ps(sums + r * kLanes);
+        _mm256_storeu_ps(to, begin == 0 ? sum : _mm256_add_ps(_mm256_loadu_ps(to), sum));
+      }
+    }
+  }
+}
+
 }  // namespace
 
 void matmul_half(const MatrixView& m, const float* x, std::size_t x_stride, std::size_t n_rows,
                  float* y, std::size_t y_stride) {
   const auto* const data = static_cast<const std::uint16_t*>(m.data);
   if (m.lanes < 8) {
-    for (std::size_t row = 0; m.lanes > 0 && row < n_rows; ++row) {
-      narrow_matrix(data, m.lanes, m.half_stride, m.inner, x + row * x_stride, y + row * y_stride);
+    if (m.lanes > 0) {
+      narrow_matrix(m, x, x_stride, n_rows, y, y_stride);
     }
     return;
   }
