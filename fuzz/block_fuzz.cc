@@ -6,6 +6,7 @@
 #include "base/aligned.h"
 #include "format/block.h"
 #include "quant/block_codec.h"
+#include "require.h"
 
 namespace {
 
@@ -45,12 +46,6 @@ format::TensorFormat read_format(Input& in) {
   f.bits = {static_cast<std::uint8_t>(in.byte() % 10), static_cast<std::uint8_t>(in.byte() % 10)};
   f.class0_tokens = in.byte();
   return f;
-}
-
-void require(bool condition) {
-  if (!condition) {
-    __builtin_trap();
-  }
 }
 
 }  // namespace

@@ -6,16 +6,7 @@
 
 #include "policy/calibration.h"
 #include "policy/policy.h"
-
-namespace {
-
-void require(bool condition) {
-  if (!condition) {
-    __builtin_trap();
-  }
-}
-
-}  // namespace
+#include "require.h"
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   using namespace zipcache::policy;

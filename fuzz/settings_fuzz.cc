@@ -6,16 +6,7 @@
 #include <string>
 
 #include "policy/policy.h"
-
-namespace {
-
-void require(bool condition) {
-  if (!condition) {
-    __builtin_trap();
-  }
-}
-
-}  // namespace
+#include "require.h"
 
 // Input: lines of name=value.
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {

@@ -2,9 +2,9 @@
 //
 // Tokens live in CELLS, the slots of the host engine. New tokens are staged as exact fp16 rows in
 // pages; what a step leaves there may be packed to 8 bits. The policy seals staged tokens, oldest
-// first, into immutable blocks. Any cell may be
-// overwritten, copied, rotated or read at any time, sealed or not; the engine's mask says who sees
-// it (cache/visibility.h). Attention over the cache: cache/attention.h.
+// first, into immutable blocks. Any cell may be overwritten, copied, rotated or read at any time,
+// sealed or not; the engine's mask says who sees it (cache/visibility.h). Attention over the cache:
+// cache/attention.h.
 //
 // A row is all KV heads of a token: keys [n_kv_heads, key_dim], values [n_kv_heads, value_dim].
 // Not thread-safe; Attention::run() alone may be called by several threads at once.

@@ -11,6 +11,7 @@
 #include "cli/host_log.h"
 #include "eval/paper_ratio.h"
 #include "eval/policy_spec.h"
+#include "eval/sample.h"
 #include "policy/policy.h"
 
 namespace zipcache::cli {
@@ -183,13 +184,7 @@ Json to_json(const std::vector<LayerGroup>& shape, const std::vector<PolicyRows>
                               {"ratio_formula", row.formula},
                               {"ratio", b.ratio()},
                               {"bits_per_element", b.bits_per_element()},
-                              {"bytes",
-                               {{"codes", b.codes},
-                                {"params", b.params},
-                                {"masks", b.masks},
-                                {"staging", b.staging},
-                                {"slack", b.slack},
-                                {"total", b.total()}}},
+                              {"bytes", eval::to_json(b)},
                               {"fp16_bytes", b.fp16}});
     }
   }

@@ -63,13 +63,7 @@ std::string to_json(const Snapshot& seen) {
   const double sealed_share =
       bytes.live_tokens == 0 ? 0.0 : double(bytes.sealed_tokens) / double(bytes.live_tokens);
   nlohmann::ordered_json json = {{"policy", seen.policy},
-                                 {"bytes",
-                                  {{"codes", bytes.codes},
-                                   {"params", bytes.params},
-                                   {"masks", bytes.masks},
-                                   {"staging", bytes.staging},
-                                   {"slack", bytes.slack},
-                                   {"total", bytes.total()}}},
+                                 {"bytes", bytes_json(bytes)},
                                  {"fp16_bytes", bytes.fp16},
                                  {"ratio", bytes.ratio()},
                                  {"bits_per_element", bytes.bits_per_element()},
@@ -148,6 +142,11 @@ void report_closed(KvBuffer* buffer) {
   if (known.open.empty()) {
     publish(known.closed, buffer->settings().report);
   }
+}
+
+nlohmann::ordered_json bytes_json(const cache::ByteCount& bytes) {
+  return {{"codes", bytes.codes},     {"params", bytes.params}, {"masks", bytes.masks},
+          {"staging", bytes.staging}, {"slack", bytes.slack},   {"total", bytes.total()}};
 }
 
 std::string report_json() {

@@ -4,7 +4,10 @@
 // Locks: this module's before a buffer's.
 #pragma once
 
+#include <nlohmann/json_fwd.hpp>
 #include <string>
+
+#include "cache/bytes.h"
 
 namespace zipcache::ggml {
 
@@ -19,5 +22,8 @@ void report_closed(KvBuffer* buffer);    // about to be freed
 //  "version"} of all KV caches alive now; of those freed last when there are none. Where they are
 // observed also "calibration": the object of policy/calibration.h, without an origin.
 std::string report_json();
+
+// {"codes", "params", "masks", "staging", "slack", "total"}: the "bytes" of every report.
+nlohmann::ordered_json bytes_json(const cache::ByteCount& bytes);
 
 }  // namespace zipcache::ggml

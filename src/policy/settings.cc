@@ -194,12 +194,11 @@ const std::vector<SettingHelp>& setting_words() {
        "most that are held, of a sequence's tokens beyond the first 512; 100 is no limit"},
       {"seal",
        "16..65536 in steps of 16; uniform in steps of 32, paper, official, gear, mikv and static "
-       "of "
-       "1, h2o 1..65536",
+       "of 1, h2o 1..65536",
        "staged tokens that start a quantization"},
       {"block",
-       "0 or 16..65536 in steps of 16; uniform in steps of 32, paper, official, mikv and static of "
-       "1",
+       "0 or 16..65536 in steps of 16; uniform in steps of 32, paper, official, mikv and static "
+       "of 1",
        "most tokens of one block, 0 for no limit"},
       {"staging-bits", "8, 16",
        "width of sinks and of tokens that wait, once their step is over; 16 is exact"},

@@ -16,6 +16,7 @@
 #include "ggml/cuda/cuda_state.h"
 #include "ggml/guards.h"
 #include "ggml/log.h"
+#include "ggml/report.h"
 #include "ggml/tables.h"
 #include "ggml/take_over.h"
 
@@ -47,13 +48,7 @@ std::string report_line(const CudaKvBuffer& buffer, bool as_json) {
   if (as_json) {
     const nlohmann::ordered_json json = {{"policy", policy::describe(*buffer.settings().policy)},
                                          {"device", kCudaDeviceName},
-                                         {"bytes",
-                                          {{"codes", bytes.codes},
-                                           {"params", bytes.params},
-                                           {"masks", bytes.masks},
-                                           {"staging", bytes.staging},
-                                           {"slack", bytes.slack},
-                                           {"total", bytes.total()}}},
+                                         {"bytes", bytes_json(bytes)},
                                          {"device_bytes", on_device},
                                          {"fp16_bytes", bytes.fp16},
                                          {"ratio", bytes.ratio()},
