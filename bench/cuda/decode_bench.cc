@@ -123,8 +123,12 @@ void bench_decode(const Report& report, const Shape& shape, int n_samples) {
   const PackedBatch batch(shape);
   const Tails tails(shape, batch.n_copies);
   const std::size_t q_size = std::size_t(shape.batch) * shape.n_heads * d;
-  const DeviceBuffer<HalfBits> q(q_size);
-  fill_normal(q.data(), q_size, 3);
+  const DeviceBuffer<HalfBits> q_halves(q_size);
+  fill_normal(q_halves.data(), q_size, 3);
+  const std::vector<HalfBits> host_q = q_halves.to_host();
+  std::vector<float> q_floats(q_size);
+  std::ranges::transform(host_q, q_floats.begin(), half_to_float);
+  const DeviceBuffer<float> q(q_floats);
   const DeviceBuffer<float> out(q_size);
 
   const DecodeSetup setup = require_ok(prepare_decode(d, group, shape.classes));
@@ -169,12 +173,12 @@ void bench_decode(const Report& report, const Shape& shape, int n_samples) {
   };
 
   launch(0, nullptr);
-  const double error = worst_error(shape, batch, tails, q.to_host(), out.to_host());
+  const double error = worst_error(shape, batch, tails, host_q, out.to_host());
   if (!(error < 5e-3)) {
     std::fprintf(stderr, "%s: wrong, relative error %g\n", shape.name.c_str(), error);
     std::exit(1);
   }
-  const double bytes = batch.bytes() + q_size * 6.0 + double(n_rows) * shape.tail * d * 4;
+  const double bytes = batch.bytes() + q_size * 8.0 + double(n_rows) * shape.tail * d * 4;
   char extra[160];
   std::snprintf(extra, sizeof(extra), "err %.1e blocks %d parts %d slots %d", error, p.n_blocks,
                 plan.n_partials, setup.shared.n_slots);

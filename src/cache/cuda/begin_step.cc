@@ -161,7 +161,9 @@ Status DeviceCache::make_room(const StepTensors& in, Stream stream) {
   ZC_TRY(ensure_lanes(saliency_, heads * n_window * sizeof(float)));
   ZC_TRY(ensure_lanes(order_, heads * n_window * sizeof(std::int32_t)));
   ZC_TRY(ensure_lanes(workspace_, n_pack * sizeof(std::uint32_t)));
-  ZC_TRY(q_half_.ensure(n_tokens * query * sizeof(HalfBits), stream));
+  if (step_.is_decode) {
+    ZC_TRY(queries_.ensure(n_tokens * query * sizeof(float), stream));
+  }
   ZC_TRY(lse_.ensure(n_tokens * in.n_heads * sizeof(float), stream));
   ZC_TRY(probe_q_.ensure(n_probes * query * sizeof(HalfBits), stream));
   ZC_TRY(probe_lse_.ensure(n_probes * in.n_heads * sizeof(float), stream));

@@ -1,8 +1,9 @@
-// The way of a decode step: the launch plan of all layers, two launches per layer, sealing after
-// the last one.
+// The way of a decode step: the launch plan of all layers, one launch per layer, sealing after the
+// last one.
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <utility>
 
 #include "cache/cuda/device_cache.h"
 #include "cache/cuda/step_status.h"
@@ -38,11 +39,17 @@ Status DeviceCache::plan_decode_launch(Stream stream) {
     for (std::uint32_t head = 0; head < shape.n_kv_heads; ++head) {
       // Block by block, so that each part of a row folds the query for its own few scale sets.
       // Class by class, the block with a row's salient pages would fold it for all of them, two
-      // pages each, and end last.
+      // pages each, and end last. Every other block has its classes the other way round: where two
+      // meet, the width of values stays.
+      bool turned = false;
       for (const auto& block : s.visible) {
         const auto n_pages = static_cast<std::ptrdiff_t>(block->classes.n_pages());
         const auto first = block->pages.begin() + head * n_pages;
-        pages.insert(pages.end(), first, first + n_pages);
+        const auto at = pages.insert(pages.end(), first, first + n_pages);
+        if (std::exchange(turned, !turned)) {
+          std::stable_sort(at, pages.end(),
+                           [](const PageEntry& a, const PageEntry& b) { return a.cls > b.cls; });
+        }
       }
       row_begin.push_back(static_cast<std::int32_t>(pages.size()));
     }
@@ -60,6 +67,8 @@ Status DeviceCache::plan_decode_launch(Stream stream) {
   // block the time of a few tiles (4k tokens of one sequence, 32 layers: 3.58 ms a step with 72
   // blocks, 3.46 ms with 264).
   input.min_block_bytes = 16 << 10;
+  // One launch for all plans: to capture a step anew takes longer than the step.
+  input.n_blocks = decode_setup_->resident_blocks;
   const DecodePlan plan = plan_decode(input);
   ZC_TRY(plan_items_.ensure(plan.items.size() * sizeof(WorkItem), stream));
   ZC_TRY(plan_pages_.ensure(std::max<std::size_t>(pages.size(), 1) * sizeof(PageEntry), stream));
@@ -87,8 +96,8 @@ std::uint64_t DeviceCache::launch_key() const {
         key_orders_.layer<const void>(0), value_factors_.layer<const void>(0),
         tail_k_.layer<const void>(0), tail_v_.layer<const void>(0), ring_q_.layer<const void>(0),
         ring_lse_.layer<const void>(0), last_lse_.layer<const void>(0),
-        static_cast<const void*>(q_half_.as<std::byte>()),
         static_cast<const void*>(uploaded_.as<std::byte>()),
+        static_cast<const void*>(queries_.as<std::byte>()),
         static_cast<const void*>(plan_items_.as<std::byte>()),
         static_cast<const void*>(plan_pages_.as<std::byte>()),
         static_cast<const void*>(partials_.as<std::byte>()),
@@ -98,48 +107,67 @@ std::uint64_t DeviceCache::launch_key() const {
   return key | 1;
 }
 
+// [streams, n_heads, head_dim]: the engine's, which lie so nearly always, or a copy.
+Expected<const float*> DeviceCache::contiguous_queries(const LayerTensors& layer, Stream stream) {
+  const std::int64_t dim = table_.shape().head_dim, query = dim * in_.n_heads;
+  const std::size_t n_streams = step_.streams.size();
+  if (layer.q_head_stride == dim && (layer.q_stream_stride == query || n_streams == 1)) {
+    return layer.q;
+  }
+  float* const copy = queries_.as<float>();  // room for them: make_room()
+  for (std::size_t n = 0; n < n_streams; ++n) {
+    const auto at = static_cast<std::int64_t>(n);
+    const Status copied = to_status(
+        cudaMemcpy2DAsync(copy + at * query, dim * sizeof(float),
+                          layer.q + at * layer.q_stream_stride, layer.q_head_stride * sizeof(float),
+                          dim * sizeof(float), in_.n_heads, cudaMemcpyDeviceToDevice, stream),
+        "queries");
+    if (!copied) {
+      return copied.error();
+    }
+  }
+  return static_cast<const float*>(copy);
+}
+
 Status DeviceCache::decode_layer(std::uint32_t index, const LayerTensors& layer, Stream stream) {
   const TableShape& shape = table_.shape();
   const std::size_t first = step_.first_stream;
   const std::size_t query = std::size_t{in_.n_heads} * shape.head_dim;
-  float* const lse = last_lse_.layer<float>(index) + first * in_.n_heads;
-  HalfBits* const ring_q = ring_q_.layer<HalfBits>(index) + first * kProbeRing * query;
-  float* const ring_lse = ring_lse_.layer<float>(index) + first * kProbeRing * in_.n_heads;
-
-  IngestParams put = ingest_params(layer, 1, tail(index, step_.first_stream));
-  put.q = layer.q;
-  put.q_sequence_stride = layer.q_stream_stride;
-  put.q_query_stride = layer.q_query_stride;
-  put.q_head_stride = layer.q_head_stride;
-  put.q_half = q_half_.as<HalfBits>();
-  put.ring_q = ring_q;
-  put.ring_lse = ring_lse;
-  put.last_lse = lse;
-  put.ring_at = sent<std::int32_t>(ring_at_);
-  put.ring = kProbeRing;
-  ZC_TRY(ingest(put, stream));
+  const RowsAt tails = tail(index, step_.first_stream);
+  const Expected<const float*> q = contiguous_queries(layer, stream);
+  if (!q) {
+    return q.error();
+  }
 
   DecodeParams attend;
-  attend.n_sequences = put.n_sequences;
-  attend.n_kv_heads = put.n_kv_heads;
-  attend.n_heads = put.n_heads;
-  attend.head_dim = put.head_dim;
+  attend.n_sequences = static_cast<int>(step_.streams.size());
+  attend.n_kv_heads = static_cast<int>(shape.n_kv_heads);
+  attend.n_heads = static_cast<int>(in_.n_heads);
+  attend.head_dim = static_cast<int>(shape.head_dim);
   attend.scale = layer.scale;
-  attend.q = put.q_half;
+  attend.q = *q;
   attend.out = layer.out;
-  attend.lse = lse;
+  attend.lse = last_lse_.layer<float>(index) + first * in_.n_heads;
   attend.pool = pool(index);
   attend.pages = plan_pages_.as<PageEntry>();
   attend.key_sets = key_sets_.layer<HalfBits>(index);
   attend.key_orders = key_orders_.layer<std::uint8_t>(index);
   attend.value_factors =
       value_factors_.layer<float>(index) + first * shape.n_kv_heads * shape.head_dim;
-  attend.tail_k = put.to.k;
-  attend.tail_v = put.to.v;
+  attend.tail_k = tails.k;
+  attend.tail_v = tails.v;
   attend.tail_tokens = sent<std::int32_t>(tail_counts_);
+  attend.store.k = layer.k;
+  attend.store.v = layer.v;
+  attend.store.k_stride = layer.k_stride;
+  attend.store.v_stride = layer.v_stride;
+  attend.store.ring_q = ring_q_.layer<HalfBits>(index) + first * kProbeRing * query;
+  attend.store.ring_lse = ring_lse_.layer<float>(index) + first * kProbeRing * in_.n_heads;
+  attend.store.ring_at = sent<std::int32_t>(ring_at_);
+  attend.store.ring = kProbeRing;
   attend.items = plan_items_.as<WorkItem>();
   attend.n_blocks = n_blocks_;
-  attend.start_early = true;  // behind ingest(), which writes neither pages nor items
+  attend.start_early = true;  // behind a kernel of the engine, which writes neither pages nor items
   attend.partials = partials_.as<float>();
   attend.tickets = tickets_.as<std::uint32_t>();
   scale_ = layer.scale;

@@ -54,23 +54,6 @@ Status DeviceCache::run_layer(std::uint32_t index, const LayerTensors& layer, St
   return step_.is_decode ? decode_layer(index, layer, stream) : window_layer(index, layer, stream);
 }
 
-IngestParams DeviceCache::ingest_params(const LayerTensors& layer, std::size_t n_per_sequence,
-                                        const RowsAt& to) const {
-  IngestParams put;
-  put.n_sequences = static_cast<int>(step_.streams.size());
-  put.n_per_sequence = static_cast<int>(n_per_sequence);
-  put.n_kv_heads = static_cast<int>(table_.shape().n_kv_heads);
-  put.n_heads = static_cast<int>(in_.n_heads);
-  put.head_dim = static_cast<int>(table_.shape().head_dim);
-  put.k = layer.k;
-  put.v = layer.v;
-  put.k_stride = layer.k_stride;
-  put.v_stride = layer.v_stride;
-  put.to = to;
-  put.place = sent<std::int32_t>(place_);
-  return put;
-}
-
 Status DeviceCache::gather(std::uint32_t index, std::size_t n, Stream stream) {
   const StreamStep& s = step_.streams[n];
   return move_rows({.n_tokens = static_cast<int>(s.gather_from.size()),
@@ -91,7 +74,7 @@ std::size_t DeviceCache::device_bytes() const {
     bytes += array->bytes();
   }
   for (const DeviceArray* array : {&block_cells_, &summary_,         &uploaded_,
-                                   &window_,      &q_half_,          &lse_,
+                                   &window_,      &queries_,         &lse_,
                                    &probe_q_,     &probe_lse_,       &saliency_,
                                    &order_,       &workspace_,       &page_cells_,
                                    &partials_,    &prefill_tickets_, &prefill_partials_,

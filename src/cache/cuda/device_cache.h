@@ -123,11 +123,9 @@ class DeviceCache {
   const T* sent(std::size_t at) const {
     return reinterpret_cast<const T*>(uploaded_.as<std::byte>() + at);
   }
-  // Where the step's new rows come from and go: what decode and window have in common.
-  IngestParams ingest_params(const LayerTensors& layer, std::size_t n_per_sequence,
-                             const RowsAt& to) const;
   // Unsealed tokens of the n-th stream of the step into its window.
   Status gather(std::uint32_t index, std::size_t n, Stream stream);
+  Expected<const float*> contiguous_queries(const LayerTensors& layer, Stream stream);
   Status decode_layer(std::uint32_t index, const LayerTensors& layer, Stream stream);
   Status seal_decoded(std::uint32_t index, Stream stream);
   Status window_layer(std::uint32_t index, const LayerTensors& layer, Stream stream);
@@ -191,7 +189,7 @@ class DeviceCache {
   std::size_t window_tokens_ = 0;  // per stream, of window_
   std::size_t lane_ = 0, n_lanes_ = 1;
   SideStreams lanes_;
-  DeviceArray summary_, uploaded_, window_, q_half_, lse_, probe_q_, probe_lse_, saliency_, order_,
+  DeviceArray summary_, uploaded_, window_, queries_, lse_, probe_q_, probe_lse_, saliency_, order_,
       workspace_, page_cells_, partials_, prefill_tickets_, prefill_partials_;
   PinnedArray summary_host_, upload_host_;
   // Of the step's new tokens and of what their rows see, on the host; see StepInput.

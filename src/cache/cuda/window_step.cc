@@ -14,7 +14,17 @@ Status DeviceCache::window_layer(std::uint32_t index, const LayerTensors& layer,
     ZC_TRY(gather(index, n, stream));
     ZC_TRY(take_restored(index, n, stream));
   }
-  const IngestParams put = ingest_params(layer, n_per_stream, window(0));
+  IngestParams put;
+  put.n_sequences = static_cast<int>(step_.streams.size());
+  put.n_per_sequence = static_cast<int>(n_per_stream);
+  put.n_kv_heads = static_cast<int>(shape.n_kv_heads);
+  put.head_dim = static_cast<int>(shape.head_dim);
+  put.k = layer.k;
+  put.v = layer.v;
+  put.k_stride = layer.k_stride;
+  put.v_stride = layer.v_stride;
+  put.to = window(0);
+  put.place = sent<std::int32_t>(place_);
   ZC_TRY(ingest(put, stream));
 
   for (std::size_t n = 0; n < step_.streams.size(); ++n) {
@@ -23,7 +33,7 @@ Status DeviceCache::window_layer(std::uint32_t index, const LayerTensors& layer,
     PrefillParams attend;
     attend.n_queries = static_cast<int>(n_per_stream);
     attend.n_kv_heads = put.n_kv_heads;
-    attend.n_heads = put.n_heads;
+    attend.n_heads = static_cast<int>(in_.n_heads);
     attend.head_dim = put.head_dim;
     attend.scale = layer.scale;
     attend.softcap = layer.softcap;
@@ -80,7 +90,7 @@ Status DeviceCache::window_layer(std::uint32_t index, const LayerTensors& layer,
     ProbeParams probes;
     if (table_.has_wide_channels() || (!s.seals.empty() && table_.policy().ranks())) {
       ZC_TRY(gather_probes({.n_probes = static_cast<int>(at.n_probes),
-                            .n_heads = put.n_heads,
+                            .n_heads = attend.n_heads,
                             .head_dim = put.head_dim,
                             .rows = sent<std::int32_t>(at.probe_rows),
                             .q = attend.q,

@@ -238,15 +238,4 @@ Status probe_saliency(const ProbeParams& params, Stream stream) {
   return to_status(launch_probe(params, stream), "probe");
 }
 
-Status append_tail(const AppendParams& params, Stream stream) {
-  if (Status status = check_heads("append", params.n_kv_heads, params.n_kv_heads, params.head_dim);
-      !status) {
-    return status;
-  }
-  if (params.n_sequences == 0) {
-    return ok_status();
-  }
-  return to_status(launch_append(params, stream), "append");
-}
-
 }  // namespace zipcache::cuda

@@ -56,10 +56,9 @@ constexpr std::size_t pack_workspace_words(const PackParams& p) {
 }
 Status pack(const PackParams& params, Stream stream);
 
-// --- Saliency, tail ------------------------------------------------------------------------------
+// --- Saliency ------------------------------------------------------------------------------------
 
 Status probe_saliency(const ProbeParams& params, Stream stream);
 Status query_power(const QueryPowerParams& params, Stream stream);
-Status append_tail(const AppendParams& params, Stream stream);
 
 }  // namespace zipcache::cuda

@@ -17,7 +17,7 @@ inline constexpr int kFoldTiles = 32;
 
 struct ItemHead {
   int row, n_pages, next, set, n_tokens, next_set;
-  uint32_t bits;
+  uint32_t bits, next_bits;
 };
 __device__ __forceinline__ ItemHead load_item(const DecodeParams& params, int index) {
   const uint4 a = ptx::load_16(params.items + index);
@@ -28,7 +28,8 @@ __device__ __forceinline__ ItemHead load_item(const DecodeParams& params, int in
           static_cast<int>(b.x),
           static_cast<int>(b.z),
           static_cast<int>(b.w),
-          b.y};
+          b.y,
+          __ldg(&params.items[index].next_bits)};
 }
 
 // --- Merging states of one head ------------------------------------------------------------------
@@ -279,6 +280,43 @@ __device__ __forceinline__ void finish_part(const DecodeParams& params, int item
   __syncthreads();
 }
 
+// --- The step's own token ------------------------------------------------------------------------
+
+// What DecodeStore says of a row, as token `at` of its tail. All threads call this; what it wrote
+// is there for them after a barrier.
+template <int kHeadDim>
+__device__ __forceinline__ void store_token(const DecodeParams& params, int row, int at,
+                                            const float* q) {
+  const DecodeStore& store = params.store;
+  const int sequence = row / params.n_kv_heads, head = row % params.n_kv_heads;
+  const int group = params.n_heads / params.n_kv_heads;
+  const auto to_half = [](float x) { return static_cast<HalfBits>(ptx::pack_half2(x, 0)); };
+  const float* k = store.k + sequence * store.k_stride + head * kHeadDim;
+  const float* v = store.v + sequence * store.v_stride + head * kHeadDim;
+  const int64_t to = (static_cast<int64_t>(row) * kTailTokens + at) * kHeadDim;
+  for (int n = threadIdx.x; n < kHeadDim; n += decode_threads(kHeadDim)) {
+    params.tail_k[to + n] = to_half(__ldg(k + n));
+    params.tail_v[to + n] = to_half(__ldg(v + n));
+  }
+  if (store.ring_q == nullptr) {
+    return;
+  }
+  const int slot = __ldg(store.ring_at + 2 * sequence);
+  const int lse_slot = __ldg(store.ring_at + 2 * sequence + 1);
+  if (slot >= 0) {
+    const int64_t first =
+        (static_cast<int64_t>(sequence) * store.ring + slot) * params.n_heads + head * group;
+    for (int n = threadIdx.x; n < group * kHeadDim; n += decode_threads(kHeadDim)) {
+      store.ring_q[first * kHeadDim + n] = to_half(__ldg(q + n));
+    }
+  }
+  if (lse_slot >= 0 && threadIdx.x < group) {  // this launch's lse comes when all parts have ended
+    const int at_head = head * group + threadIdx.x;
+    store.ring_lse[(static_cast<int64_t>(sequence) * store.ring + lse_slot) * params.n_heads +
+                   at_head] = params.lse[static_cast<int64_t>(sequence) * params.n_heads + at_head];
+  }
+}
+
 // --- The kernel ----------------------------------------------------------------------------------
 
 template <int kHeadDim>
@@ -297,17 +335,18 @@ __global__ void __launch_bounds__(decode_threads(kHeadDim), kDecodeBlocksPerSm)
                           shared + at.slots + warp * plan.n_slots * plan.slot_bytes, plan,
                           blockIdx.x, warp, lane);
   ptx::wait_for_launch_before();
-  QueryOperand<kHeadDim> query(shared, shared + at.query_stats);
+  QueryOperand<kHeadDim> query(params, shared, shared + at.query_stats);
   RowState<kHeadDim> state;
   state.clear();
   int value_bits = 0, tiles_since_fold = 0;
   int folded_set = -1;  // of this row
+  WarpTurn<kWarps> turn;
   int index = blockIdx.x;
   do {
     const ItemHead item = load_item(params, index);
     const PageClass cls = item_class(item.bits);
     const int value_offset = tile_value_offset(kHeadDim, cls);
-    const HalfBits* q = params.q + static_cast<int64_t>(item.row) * group * kHeadDim;
+    const float* q = params.q + static_cast<int64_t>(item.row) * group * kHeadDim;
     const float* factors = params.value_factors + static_cast<int64_t>(item.row) * kHeadDim;
     if (warp == 0 && lane < kHeadDim / 32) {  // 128 bytes each: for the next item, and for the end
       if (item.next_set >= 0) {
@@ -322,9 +361,11 @@ __global__ void __launch_bounds__(decode_threads(kHeadDim), kDecodeBlocksPerSm)
     }
     if (item.n_pages > 0) {
       if (item.set != folded_set) {  // values of another width share the keys' set
-        const int64_t set = item.set;
-        query.fold(q, group, params.scale, params.key_sets + set * 2 * kHeadDim,
-                   params.key_orders + set * kHeadDim, cls, warp, lane);
+        FoldKeys next;
+        if ((item.bits & kItemNextInRow) != 0) {
+          next = {item.next_set, item_class(item.next_bits)};
+        }
+        query.take(q, {item.set, cls}, next, warp, lane);
         folded_set = item.set;
       }
       if (cls.value_bits != value_bits) {
@@ -334,7 +375,8 @@ __global__ void __launch_bounds__(decode_threads(kHeadDim), kDecodeBlocksPerSm)
         tiles_since_fold = 0;
       }
     }
-    for (int tile = warp; tile < item.n_pages * kTilesPerPage; tile += kWarps) {
+    const int n_tiles = item.n_pages * kTilesPerPage;
+    for (int tile = turn.first(warp); tile < n_tiles; tile += kWarps) {
       if (++tiles_since_fold == kFoldTiles) {
         state.fold_offsets(value_bits, lane);
         state.unfold(value_bits);
@@ -347,6 +389,7 @@ __global__ void __launch_bounds__(decode_threads(kHeadDim), kDecodeBlocksPerSm)
       }
       ring.release(params, lane);
     }
+    turn.pass(n_tiles);
 
     if ((item.bits & kItemEndsPart) != 0) {
       state.fold_offsets(value_bits, lane);
@@ -354,7 +397,10 @@ __global__ void __launch_bounds__(decode_threads(kHeadDim), kDecodeBlocksPerSm)
       if ((item.bits & kItemWithTail) != 0 && params.tail_k != nullptr) {
         const int tokens = __ldg(params.tail_tokens + item.row / params.n_kv_heads);
         const int64_t base = static_cast<int64_t>(item.row) * kTailTokens * kHeadDim;
-        query.fold(q, group, params.scale, nullptr, nullptr, {kHalfBits}, warp, lane);
+        if (params.store.k != nullptr) {
+          store_token<kHeadDim>(params, item.row, tokens - 1, q);
+        }
+        query.take(q, {FoldKeys::kTail, {kHalfBits}}, {}, warp, lane);
         // Half a tile per warp: its loads follow each other, so more warps wait for fewer.
         constexpr int kShare = kTileTokens / 2;
 #pragma unroll 1
@@ -368,6 +414,7 @@ __global__ void __launch_bounds__(decode_threads(kHeadDim), kDecodeBlocksPerSm)
       state.clear();
       value_bits = 0;
       folded_set = -1;
+      query.forget();
     }
     index = item.next;
   } while (index >= 0);

@@ -157,6 +157,107 @@ std::vector<DecodedRow> decode_rows(const DecodeCase& c, const HostCache& cache)
   return rows;
 }
 
+namespace {
+
+std::vector<float> to_floats(const std::vector<Half>& halves) {
+  std::vector<float> floats(halves.size());
+  std::ranges::transform(halves, floats.begin(), half_to_float);
+  return floats;
+}
+
+// What a launch stores: the last token of every tail, taken out of the tails, and a ring of probes.
+class StoredTokens {
+ public:
+  static constexpr int kRing = 3, kPadding = 4;  // floats between the rows of two sequences
+
+  StoredTokens(const DecodeCase& c, const HostCache& cache)
+      : case_(c), cache_(cache), tail_k_(cache.tail_k), tail_v_(cache.tail_v) {
+    if (!c.stores) {
+      return;
+    }
+    std::vector<float> k, v;
+    for (int row = 0; row < c.n_rows(); ++row) {
+      const auto at = static_cast<std::ptrdiff_t>(
+          (std::size_t(row) * kTailTokens + c.tail[row / c.n_kv_heads] - 1) * c.head_dim);
+      for (auto [from, to] : {std::pair{&tail_k_, &k}, {&tail_v_, &v}}) {
+        const auto first = from->begin() + at;
+        std::transform(first, first + c.head_dim, std::back_inserter(*to), half_to_float);
+        std::fill_n(first, c.head_dim, Half{0x7fff});
+        if (row % c.n_kv_heads == c.n_kv_heads - 1) {
+          to->insert(to->end(), kPadding, NAN);
+        }
+      }
+    }
+    for (int sequence = 0; sequence < c.n_sequences(); ++sequence) {
+      const bool keeps = sequence % 2 == 0;
+      ring_at_host_.insert(ring_at_host_.end(), {keeps ? 2 : -1, keeps ? 1 : -1});
+      for (int head = 0; head < c.n_heads(); ++head) {
+        last_lse_.push_back(static_cast<float>(sequence * 100 + head));
+      }
+    }
+    k_ = DeviceArray<float>(k);
+    v_ = DeviceArray<float>(v);
+    ring_at_ = DeviceArray<std::int32_t>(ring_at_host_);
+    const std::size_t n_probes = std::size_t(c.n_sequences()) * kRing * c.n_heads();
+    ring_q_ = DeviceArray<Half>(n_probes * c.head_dim, 0);
+    ring_lse_ = DeviceArray<float>(n_probes, 0);
+  }
+
+  // Before a launch: what it will store is not there.
+  void prepare(DeviceArray<Half>& tail_k, DeviceArray<Half>& tail_v,
+               DeviceArray<float>& lse) const {
+    tail_k = DeviceArray<Half>(tail_k_);
+    tail_v = DeviceArray<Half>(tail_v_);
+    if (case_.stores) {
+      require(cudaMemcpy(lse.data(), last_lse_.data(), last_lse_.size() * sizeof(float),
+                         cudaMemcpyHostToDevice));
+    }
+  }
+  DecodeStore params() const {
+    DecodeStore store;
+    if (case_.stores) {
+      store.k = k_.data();
+      store.v = v_.data();
+      store.k_stride = store.v_stride = case_.n_kv_heads * case_.head_dim + kPadding;
+      store.ring_q = ring_q_.data();
+      store.ring_lse = ring_lse_.data();
+      store.ring_at = ring_at_.data();
+      store.ring = kRing;
+    }
+    return store;
+  }
+  void expect_stored(const DeviceArray<Half>& tail_k, const DeviceArray<Half>& tail_v) const {
+    EXPECT_TRUE(tail_k.guards_intact() && tail_v.guards_intact());
+    EXPECT_EQ(tail_k.to_host(), cache_.tail_k);
+    EXPECT_EQ(tail_v.to_host(), cache_.tail_v);
+    if (!case_.stores) {
+      return;
+    }
+    std::vector<Half> want_q(ring_q_.size(), 0);
+    std::vector<float> want_lse(ring_lse_.size(), 0);
+    const std::size_t heads = case_.n_heads(), query = heads * case_.head_dim;
+    for (std::size_t sequence = 0; sequence < std::size_t(case_.n_sequences()); sequence += 2) {
+      std::copy_n(&cache_.q[sequence * query], query, &want_q[(sequence * kRing + 2) * query]);
+      std::copy_n(&last_lse_[sequence * heads], heads, &want_lse[(sequence * kRing + 1) * heads]);
+    }
+    EXPECT_EQ(ring_q_.to_host(), want_q);
+    EXPECT_EQ(ring_lse_.to_host(), want_lse);
+    EXPECT_TRUE(ring_q_.guards_intact() && ring_lse_.guards_intact());
+  }
+
+ private:
+  const DecodeCase& case_;
+  const HostCache& cache_;
+  std::vector<Half> tail_k_, tail_v_;
+  std::vector<std::int32_t> ring_at_host_;
+  std::vector<float> last_lse_;
+  DeviceArray<float> k_, v_, ring_lse_;
+  DeviceArray<Half> ring_q_;
+  DeviceArray<std::int32_t> ring_at_;
+};
+
+}  // namespace
+
 std::vector<Outputs> run_decode(const DecodeCase& c, const HostCache& cache, int repeats) {
   const auto setup = prepare_decode(c.head_dim, c.group, c.classes);
   if (!setup) {
@@ -172,10 +273,11 @@ std::vector<Outputs> run_decode(const DecodeCase& c, const HostCache& cache, int
   input.resident_blocks = c.resident_blocks > 0 ? c.resident_blocks : setup->resident_blocks;
   input.min_block_bytes = 2 << 10;  // many splits, also of small cases
   input.part_bytes = 1 << 10;
+  input.n_blocks = static_cast<int>(c.seed % 3) * 4;  // sometimes more than have work
   const DecodePlan plan = plan_decode(input);
 
-  const DeviceArray<Half> q(cache.q), key_sets(cache.key_sets), tail_k(cache.tail_k),
-      tail_v(cache.tail_v);
+  const DeviceArray<float> q(to_floats(cache.q));
+  const DeviceArray<Half> key_sets(cache.key_sets);
   // cudaMalloc aligns to 256 bytes and the guard keeps that.
   const DeviceArray<std::byte> pool(cache.pool);
   const DeviceArray<PageEntry> pages(cache.pages);
@@ -201,26 +303,33 @@ std::vector<Outputs> run_decode(const DecodeCase& c, const HostCache& cache, int
   params.key_sets = key_sets.data();
   params.key_orders = key_orders.data();
   params.value_factors = value_factors.data();
-  if (!c.tail.empty()) {
-    params.tail_k = tail_k.data();
-    params.tail_v = tail_v.data();
-    params.tail_tokens = tail_tokens.data();
-  }
   params.items = items.data();
   params.n_blocks = plan.n_blocks;
   params.partials = partials.data();
   params.tickets = tickets.data();
 
+  const StoredTokens stored(c, cache);
+  DeviceArray<Half> tail_k, tail_v;
   std::vector<Outputs> results;
   for (int repeat = 0; repeat < repeats; ++repeat) {
     out.fill(0xff);
     lse.fill(0xff);
     partials.fill(0xff);
+    if (!c.tail.empty()) {
+      stored.prepare(tail_k, tail_v, lse);
+      params.tail_k = tail_k.data();
+      params.tail_v = tail_v.data();
+      params.tail_tokens = tail_tokens.data();
+      params.store = stored.params();
+    }
     const Status status = decode(params, *setup, nullptr);
     if (!status) {
       throw std::runtime_error(status.error().message);
     }
     results.push_back({out.to_host(), lse.to_host()});
+    if (!c.tail.empty()) {
+      stored.expect_stored(tail_k, tail_v);
+    }
   }
   EXPECT_TRUE(out.guards_intact() && lse.guards_intact() && partials.guards_intact());
   EXPECT_EQ(tickets.to_host(), std::vector<std::uint32_t>(c.n_rows(), 0));

@@ -20,6 +20,9 @@ struct DecodeCase {
   std::vector<int> tail;                       // [sequence]; empty: no tail
   int n_segments = 1;       // each class is cut into so many, with scale sets of their own
   int resident_blocks = 0;  // 0: what the device holds
+  // The launch stores each tail's last token itself, and the queries and lse of even sequences as
+  // probes. Every sequence has a tail.
+  bool stores = false;
   std::uint64_t seed = 1;
 
   int n_sequences() const { return static_cast<int>(class_tokens.size()); }
@@ -63,7 +66,7 @@ struct Outputs {
 };
 
 // Launches `repeats` times (same bits expected: the caller compares) and returns each result. Fails
-// the test when a guard band or a ticket was touched.
+// the test when a guard band or a ticket was touched, or what was stored is not what was given.
 std::vector<Outputs> run_decode(const DecodeCase& c, const HostCache& cache, int repeats = 1);
 
 // Compares with the formula in double, by the error of the usual fp16 path (keys, values and

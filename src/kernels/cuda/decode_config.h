@@ -23,16 +23,29 @@ struct DecodeSharedPlan {
   int slot_bytes = 0;  // the largest tile of the launch
 };
 
+// Which tiles of an item are a warp's: first(), and every kWarps-th from there on. The warps take
+// turns across items: of items with fewer tiles than warps, one after the other does the next.
+template <int kWarps>
+class WarpTurn {
+ public:
+  ZC_HOST_DEVICE constexpr int first(int warp) const { return (warp - next_) & (kWarps - 1); }
+  ZC_HOST_DEVICE constexpr void pass(int n_tiles) { next_ = (next_ + n_tiles) & (kWarps - 1); }
+
+ private:
+  static_assert((kWarps & (kWarps - 1)) == 0);
+  int next_ = 0;  // the warp that takes the next tile
+};
+
 // Shared memory of a block:
-//   [query operand][partial results of folding the query]
+//   [two query operands][partial results of folding the query]
 //   [max and sum of each warp and head][outputs of each warp and head]
 //   [flag, barriers of each warp's ring][ring slots of each warp]
 struct DecodeShared {
-  int query_stats, states, outputs, control, slots;  // offsets; the query operand is at 0
+  int query_stats, states, outputs, control, slots;  // offsets; the query operands are at 0
 };
 inline constexpr int kRingControlBytes = kMaxRingSlots * 8;
 inline constexpr int kFlagBytes = 64;
-// Floats of the statistics of one fold: [3 kinds][head_dim / 32 chunks][heads], two sets in turn.
+// Floats of the statistics of one operand: [3 kinds][head_dim / 32 chunks][heads].
 ZC_HOST_DEVICE constexpr int query_stat_floats(int head_dim) {
   return 3 * (head_dim / 32) * kMaxGroup;
 }
@@ -41,8 +54,8 @@ ZC_HOST_DEVICE constexpr int output_stride(int head_dim) { return head_dim + 4; 
 ZC_HOST_DEVICE constexpr DecodeShared decode_shared(int head_dim, int group) {
   const int warps = decode_warps(head_dim);
   DecodeShared at{};
-  at.query_stats = kMaxGroup * head_dim * 2;
-  at.states = at.query_stats + 2 * query_stat_floats(head_dim) * 4;
+  at.query_stats = 2 * kMaxGroup * head_dim * 2;
+  at.states = at.query_stats + 4 * query_stat_floats(head_dim) * 4;
   at.outputs = at.states + warps * kMaxGroup * 8;
   at.control = at.outputs + warps * group * output_stride(head_dim) * 4;
   const int end = at.control + kFlagBytes + warps * kRingControlBytes;

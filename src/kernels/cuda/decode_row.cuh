@@ -7,6 +7,7 @@
 #pragma once
 
 #include "kernels/cuda/params.h"
+#include "kernels/cuda/query_operand.cuh"
 #include "kernels/cuda/unpack.cuh"
 
 namespace zipcache::cuda {
@@ -15,141 +16,6 @@ namespace zipcache::cuda {
 // stay below 2^8, and p * s below 2^15 in fp16 for s < 128 (packers keep s < 8).
 inline constexpr float kRescaleThreshold = 8.0f;
 inline constexpr float kNoScore = -1e30f;  // a finite "no maximum yet": no NaN from inf - inf
-inline constexpr int kHalfBits = 16;       // "width" of the fp16 tail
-
-// The query as the operand of one width and scale set: q^ = scale * q * s / r, times a power of two
-// `norm` per head that keeps fp16 in range. The block folds it together and shares it.
-template <int kHeadDim>
-class QueryOperand {
- public:
-  static constexpr int kChunks = kHeadDim / 32;
-  static constexpr int kWarps = decode_warps(kHeadDim);
-
-  float start[2];         // what a score of heads 2i, 2i+1 starts from: minima and offsets, x norm
-  float inverse_norm[2];  // of heads 2i, 2i+1
-
-  // `words`: kMaxGroup * kHeadDim halves, `stats`: 2 * query_stat_floats(), both shared memory.
-  __device__ __forceinline__ QueryOperand(uint8_t* words, uint8_t* stats)
-      : words_(reinterpret_cast<uint4*>(words)), stats_(reinterpret_cast<float*>(stats)) {}
-
-  // This lane's column of [head_dim / 32][32 lanes]: the operands of two k-steps.
-  __device__ __forceinline__ const uint4* column(int lane) const { return words_ + lane; }
-
-  // All warps call this; the operand before is no longer in use when it returns. `q` is the query
-  // of the KV head, [group, head_dim]; `set` is [2, head_dim] (scale, min), nullptr for fp16 keys;
-  // `order` is that of the stored channels if `cls` has wide ones.
-  __device__ __forceinline__ void fold(const HalfBits* q, int group, float scale,
-                                       const HalfBits* set, const uint8_t* order, PageClass cls,
-                                       int warp, int lane) {
-    const int head = lane >> 2, i = lane & 3;
-    const bool used = head < group;
-    const float log2_scale = scale * 1.44269504088896f;
-    turn_ = query_stat_floats(kHeadDim) - turn_;
-    float* largest = stats_ + turn_;  // [chunk][head]
-    float* minima = largest + kChunks * kMaxGroup;
-    float* sums = minima + kChunks * kMaxGroup;
-    const HalfBits* own_q = q + (used ? head : 0) * kHeadDim;
-    const auto load_folded = [&](int chunk, uint32_t(&q_pairs)[4], float(&folded)[8]) {
-      const uint4 x = cls.wide_chunks == 0 ? ptx::load_16(own_q + chunk * 32 + i * 8)
-                                           : load_channels(own_q, order + chunk * 32 + i * 8);
-      uint4 s = {0x3c003c00u, 0x3c003c00u, 0x3c003c00u, 0x3c003c00u};
-      if (set != nullptr) {
-        s = ptx::load_16(set + chunk * 32 + i * 8);
-      }
-      const uint32_t s_pairs[4] = {s.x, s.y, s.z, s.w};
-      q_pairs[0] = x.x, q_pairs[1] = x.y, q_pairs[2] = x.z, q_pairs[3] = x.w;
-#pragma unroll
-      for (int pair = 0; pair < 4; ++pair) {  // its channels share their factor r
-        const float factor =
-            log2_scale * key_inverse_factor(cls.chunk_bits(chunk), pair >> 1, pair & 1);
-        folded[pair * 2] = ptx::low_half(q_pairs[pair]) * ptx::low_half(s_pairs[pair]) * factor;
-        folded[pair * 2 + 1] =
-            ptx::high_half(q_pairs[pair]) * ptx::high_half(s_pairs[pair]) * factor;
-      }
-    };
-#pragma unroll 1
-    for (int chunk = warp; chunk < kChunks; chunk += kWarps) {
-      uint32_t q_pairs[4];
-      float folded[8], of_all = 0, minimum = 0;
-      load_folded(chunk, q_pairs, folded);
-      uint4 m = {0, 0, 0, 0};
-      if (set != nullptr) {
-        m = ptx::load_16(set + kHeadDim + chunk * 32 + i * 8);
-      }
-      const uint32_t m_pairs[4] = {m.x, m.y, m.z, m.w};
-#pragma unroll
-      for (int pair = 0; pair < 4; ++pair) {
-        minimum += ptx::low_half(q_pairs[pair]) * ptx::low_half(m_pairs[pair]) +
-                   ptx::high_half(q_pairs[pair]) * ptx::high_half(m_pairs[pair]);
-        of_all = fmaxf(of_all, fmaxf(fabsf(folded[pair * 2]), fabsf(folded[pair * 2 + 1])));
-      }
-      of_all = fmaxf(of_all, __shfl_xor_sync(ptx::kFullWarp, of_all, 1));
-      of_all = fmaxf(of_all, __shfl_xor_sync(ptx::kFullWarp, of_all, 2));
-      minimum += __shfl_xor_sync(ptx::kFullWarp, minimum, 1);
-      minimum += __shfl_xor_sync(ptx::kFullWarp, minimum, 2);
-      if (i == 0) {
-        largest[chunk * kMaxGroup + head] = of_all;
-        minima[chunk * kMaxGroup + head] = minimum;
-      }
-    }
-    __syncthreads();
-#pragma unroll 1
-    for (int chunk = warp; chunk < kChunks; chunk += kWarps) {  // again: kept, it would spill
-      uint32_t q_pairs[4], rounded[4];
-      float folded[8], sum = 0;
-      load_folded(chunk, q_pairs, folded);
-      const float norm = used ? __int_as_float(norm_field(largest, head) << 23) : 0.0f;
-#pragma unroll
-      for (int pair = 0; pair < 4; ++pair) {
-        rounded[pair] = ptx::pack_half2(folded[pair * 2] * norm, folded[pair * 2 + 1] * norm);
-        sum += ptx::low_half(rounded[pair]) + ptx::high_half(rounded[pair]);
-      }
-      words_[chunk * kWarpLanes + lane] = {rounded[0], rounded[1], rounded[2], rounded[3]};
-      sum += __shfl_xor_sync(ptx::kFullWarp, sum, 1);
-      sum += __shfl_xor_sync(ptx::kFullWarp, sum, 2);
-      if (i == 0) {
-        sums[chunk * kMaxGroup + head] = sum;
-      }
-    }
-    __syncthreads();
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int of = i * 2 + e, field = norm_field(largest, of);
-      float minimum = 0, sum = 0;
-      for (int chunk = 0; chunk < kChunks; ++chunk) {
-        minimum += minima[chunk * kMaxGroup + of];
-        sum += sums[chunk * kMaxGroup + of];
-      }
-      // The offset comes from the rounded operand, so it cancels exactly.
-      const float offset = cls.key_bits == kHalfBits ? 0.0f : kKeyOffset * sum;
-      start[e] = of < group ? minimum * log2_scale * __int_as_float(field << 23) - offset : 0.0f;
-      inverse_norm[e] = __int_as_float((254 - field) << 23);
-    }
-  }
-
- private:
-  // The 8 channels that `order` names.
-  __device__ __forceinline__ static uint4 load_channels(const HalfBits* row, const uint8_t* order) {
-    const uint2 at = __ldg(reinterpret_cast<const uint2*>(order));
-    const auto pair = [&](uint32_t two) {
-      return uint32_t{__ldg(row + (two & 0xff))} | uint32_t{__ldg(row + (two >> 8 & 0xff))} << 16;
-    };
-    return {pair(at.x), pair(at.x >> 16), pair(at.y), pair(at.y >> 16)};
-  }
-  // norm = 2^k such that the largest operand is in [512, 1024): its exponent field is 127 + 9.
-  __device__ __forceinline__ static int norm_field(const float* largest, int head) {
-    float of_all = 0;
-    for (int chunk = 0; chunk < kChunks; ++chunk) {
-      of_all = fmaxf(of_all, largest[chunk * kMaxGroup + head]);
-    }
-    const int field = __float_as_int(of_all) >> 23;
-    return of_all > 0 ? min(max(127 + 127 + 9 - field, 1), 253) : 127;
-  }
-
-  uint4* words_;
-  float* stats_;  // two sets: warps that are ahead write one while others still read the other
-  int turn_ = 0;  // floats to the set at hand
-};
 
 template <int kHeadDim>
 struct RowState {
@@ -355,7 +221,7 @@ struct RowState {
     const int g = lane >> 2, i = lane & 3;
     const auto row = [&](const HalfBits* base, int token, int channel) {
       const uint32_t offset = min(token, tokens - 1) * kHeadDim + channel;  // 32 bits: no spills
-      return ptx::load_16(base + offset);
+      return ptx::load_written_16(base + offset);
     };
     float s[2][4] = {};
 #pragma unroll 1  // here and below: the loads of a whole tile at once would spill

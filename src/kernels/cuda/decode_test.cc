@@ -130,6 +130,27 @@ TEST_F(DecodeTest, EveryTail) {
   }
 }
 
+// The step's own token comes with the launch: into tails with blocks of their own, behind pages,
+// with and without sealed tokens, one per thread and more.
+TEST_F(DecodeTest, StoresTheStepsToken) {
+  for (const int head_dim : {64, 128, 256}) {
+    for (const int group : {1, 3, 8}) {
+      for (const int resident_blocks : {0, 1, 5, 264}) {
+        SCOPED_TRACE(::testing::Message() << "head_dim " << head_dim << ", group " << group << ", "
+                                          << resident_blocks << " blocks");
+        DecodeCase c;
+        c.head_dim = head_dim;
+        c.group = group;
+        c.class_tokens = {mixed(300), mixed(0), mixed(64)};
+        c.tail = {1, 33, 128};
+        c.resident_blocks = resident_blocks;
+        c.stores = true;
+        check(c);
+      }
+    }
+  }
+}
+
 TEST_F(DecodeTest, BatchesOfUnequalLengths) {
   DecodeCase c;
   c.class_tokens = {mixed(3), mixed(2000), mixed(0), mixed(129), mixed(64), mixed(777)};

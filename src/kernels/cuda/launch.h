@@ -8,6 +8,14 @@
 
 namespace zipcache::cuda {
 
+// Early launches are of sm_90.
+inline bool device_starts_early() {
+  int device = 0, major = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  return major >= 9;
+}
+
 // With `start_early` the kernel may start while the one before it in the stream still
 // runs (see ptx::wait_for_launch_before()).
 template <typename... Expected, typename... Actual>
@@ -23,7 +31,7 @@ cudaError_t launch_kernel_early(bool start_early, void (*kernel)(Expected...), d
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = &early;
-  config.numAttrs = start_early ? 1 : 0;
+  config.numAttrs = start_early && device_starts_early() ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, static_cast<Actual&&>(arguments)...);
 }
 template <typename... Expected, typename... Actual>
@@ -48,6 +56,5 @@ cudaError_t launch_prefill(const PrefillParams& params, cudaStream_t stream);
 cudaError_t launch_pack(const PackParams& params, int n_pages, cudaStream_t stream);
 cudaError_t launch_query_power(const QueryPowerParams& params, cudaStream_t stream);
 cudaError_t launch_probe(const ProbeParams& params, cudaStream_t stream);
-cudaError_t launch_append(const AppendParams& params, cudaStream_t stream);
 
 }  // namespace zipcache::cuda

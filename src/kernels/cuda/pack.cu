@@ -74,6 +74,7 @@ __device__ __forceinline__ uint32_t* value_extremes(const PackParams& p, int hea
 __global__ void __launch_bounds__(kRangeThreads) find_ranges(const __grid_constant__ PackParams p) {
   // [n_key_sets][2][head_dim], then [head_dim]; as in the workspace, of this head.
   __shared__ uint32_t extremes[(2 * kMaxKeySets + 1) * kMaxHeadDim];
+  ptx::let_next_launch_start();
   const int head = blockIdx.y;
   const int columns = p.head_dim / 8;
   const int column = threadIdx.x % columns, row = threadIdx.x / columns,
@@ -197,6 +198,8 @@ __device__ __forceinline__ StoredChannel place_channel(const PackParams& p, int 
 __global__ void finish_params(const __grid_constant__ PackParams p) {
   __shared__ float errors[kMaxHeadDim];
   __shared__ int wide[kMaxHeadDim];
+  ptx::let_next_launch_start();
+  ptx::wait_for_launch_before();
   const int head = blockIdx.x, channel = threadIdx.x;
   int n_wide = 0;
   for (int cls = 0; cls < p.n_classes; ++cls) {
@@ -428,16 +431,25 @@ __device__ __forceinline__ void pack_values(const PackParams& p, const int64_t (
   };
 
   // The lane's 8 tokens over all channels: its own of them, then the 8 lanes that share the tokens.
-  // Of these lanes, lane g keeps and writes what is of token g.
+  // Of these lanes, lane g gets, keeps and writes what is of token g: each step over the lanes
+  // leaves half of the tokens.
   const int own = lane >> 2;
-  const auto over_lanes = [](float x, auto combine) {
+  const auto over_lanes = [own](float(&x)[8], auto combine) {
 #pragma unroll
-    for (int offset = 4; offset < 32; offset *= 2) {
-      x = combine(x, __shfl_xor_sync(ptx::kFullWarp, x, offset));
+    for (int step = 0; step < 3; ++step) {
+      const bool keeps_odd = (own >> step & 1) != 0;
+#pragma unroll
+      for (int n = 0; n < 4 >> step; ++n) {
+        const float kept = keeps_odd ? x[2 * n + 1] : x[2 * n];
+        const float given = keeps_odd ? x[2 * n] : x[2 * n + 1];
+        x[n] = combine(kept, __shfl_xor_sync(ptx::kFullWarp, given, 4 << step));
+      }
     }
-    return x;
+    return x[0];
   };
   const auto sum_of = [](float x, float y) { return x + y; };
+  const auto max_of = [](float x, float y) { return fmaxf(x, y); };
+  const auto min_of = [](float x, float y) { return fminf(x, y); };
   float largest[8], least[8], squares[8];
 #pragma unroll
   for (int token = 0; token < 8; ++token) {
@@ -455,19 +467,20 @@ __device__ __forceinline__ void pack_values(const PackParams& p, const int64_t (
       }
     });
   }
-  uint32_t grid[8];  // (scale, zero): both are fp16, together they are a register
-  float own_square = 0;
-#pragma unroll
-  for (int token = 0; token < 8; ++token) {
-    const float max = over_lanes(largest[token], fmaxf), min = over_lanes(least[token], fminf);
+  uint32_t own_grid = 0, grid[8];  // (scale, zero): both are fp16, together they are a register
+  {
+    const float max = over_lanes(largest, max_of), min = over_lanes(least, min_of);
     const float margin = (max - min) * ((1.0f - clip) * 0.5f);
     const float low = min + margin;
     const float scale = rounded_half(fminf(((max - margin) - low) / kLevels, 127.0f));
     const float divisor = scale > 0 ? scale : 1.0f;
-    grid[token] = ptx::pack_half2(divisor, rounded_half(-low / divisor));
-    const float square = over_lanes(squares[token], sum_of);
-    own_square = token == own ? square : own_square;
+    own_grid = ptx::pack_half2(divisor, rounded_half(-low / divisor));
   }
+#pragma unroll
+  for (int token = 0; token < 8; ++token) {
+    grid[token] = __shfl_sync(ptx::kFullWarp, own_grid, token * 4 + (lane & 3));
+  }
+  const float own_square = over_lanes(squares, sum_of);
 
   float across[8] = {};  // exact . decoded
 #pragma unroll 1
@@ -487,17 +500,13 @@ __device__ __forceinline__ void pack_values(const PackParams& p, const int64_t (
     store_value_words<kHeadDim, kBits>(codes_at, lane, part, codes);
   }
 
-  uint32_t own_grid = 0;
-  float stretch = 1;
   bool own_used = false;
 #pragma unroll
   for (int token = 0; token < 8; ++token) {
-    own_grid = token == own ? grid[token] : own_grid;
     own_used = token == own ? used[token] : own_used;
-    const float sum = over_lanes(across[token], sum_of);
-    stretch = token == own ? own_square / sum : stretch;
   }
   // Found in any case: a branch in the loops costs registers.
+  float stretch = own_square / over_lanes(across, sum_of);
   stretch = keep_length && stretch >= 0.5f && stretch <= 2.0f ? stretch : 1.0f;
   const float scale = fminf(ptx::low_half(own_grid) * stretch, 127.0f);
   // Tokens of lane i: 2i, 2i+1, 2i+8, 2i+9, and those + 16.
@@ -509,6 +518,7 @@ __device__ __forceinline__ void pack_values(const PackParams& p, const int64_t (
 template <int kHeadDim>
 __global__ void __launch_bounds__(kPackWarps* kWarpLanes, 3)
     pack_tiles(const __grid_constant__ PackParams p, int n_pages, int n_blocks) {
+  ptx::wait_for_launch_before();
   const int lane = threadIdx.x % kWarpLanes;
   // Keys first, then values: blocks that run together should run the same instructions, which do
   // not all fit in the instruction cache.
@@ -617,7 +627,7 @@ cudaError_t launch_pack(const PackParams& p, int n_pages, cudaStream_t stream) {
   if (error != cudaSuccess) {
     return error;
   }
-  error = launch_kernel(finish_params, dim3(p.n_kv_heads), p.head_dim, 0, stream, p);
+  error = launch_kernel_early(true, finish_params, dim3(p.n_kv_heads), p.head_dim, 0, stream, p);
   if (error != cudaSuccess) {
     return error;
   }
@@ -631,9 +641,10 @@ cudaError_t launch_pack(const PackParams& p, int n_pages, cudaStream_t stream) {
   const auto pack_with = [&](auto kernel) {
     const cudaError_t allowed =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    return allowed != cudaSuccess ? allowed
-                                  : launch_kernel(kernel, tiles, kPackWarps * kWarpLanes,
-                                                  shared_bytes, stream, p, n_pages, n_blocks);
+    return allowed != cudaSuccess
+               ? allowed
+               : launch_kernel_early(true, kernel, tiles, kPackWarps * kWarpLanes, shared_bytes,
+                                     stream, p, n_pages, n_blocks);
   };
   switch (p.head_dim) {
     case 64:

@@ -12,7 +12,6 @@ namespace {
 
 using PackTest = DeviceTest;
 using ProbeTest = DeviceTest;
-using TailTest = DeviceTest;
 
 std::vector<Half> random_halves(std::size_t n, Random& random) {
   std::vector<Half> out(n);
@@ -460,43 +459,6 @@ TEST_F(ProbeTest, ColumnSums) {
       }
     }
   }
-}
-
-TEST_F(TailTest, AppendsUntilFull) {
-  const int n_sequences = 3, n_kv_heads = 2, head_dim = 64;
-  Random random(5);
-  const std::size_t row = std::size_t{kTailTokens} * head_dim;
-  DeviceArray<Half> tail_k(n_sequences * n_kv_heads * row), tail_v(n_sequences * n_kv_heads * row);
-  DeviceArray<std::int32_t> counts(std::vector<std::int32_t>{0, 126, 128});
-  AppendParams p;
-  p.n_sequences = n_sequences;
-  p.n_kv_heads = n_kv_heads;
-  p.head_dim = head_dim;
-  p.tail_k = tail_k.data();
-  p.tail_v = tail_v.data();
-  p.tail_tokens = counts.data();
-  std::vector<Half> want_k = tail_k.to_host(), want_v = tail_v.to_host();
-  for (int step = 0; step < 3; ++step) {
-    const std::vector<Half> k = random_halves(n_sequences * n_kv_heads * head_dim, random);
-    const std::vector<Half> v = random_halves(k.size(), random);
-    const DeviceArray<Half> dk(k), dv(v);
-    p.k = dk.data();
-    p.v = dv.data();
-    ASSERT_TRUE(append_tail(p, nullptr));
-    require(cudaDeviceSynchronize());
-    for (int r = 0; r < n_sequences * n_kv_heads; ++r) {
-      const int start[] = {0, 126, 128};
-      const int at = start[r / n_kv_heads] + step;
-      if (at < kTailTokens) {
-        std::copy_n(&k[r * head_dim], head_dim, &want_k[r * row + at * head_dim]);
-        std::copy_n(&v[r * head_dim], head_dim, &want_v[r * row + at * head_dim]);
-      }
-    }
-  }
-  EXPECT_EQ(tail_k.to_host(), want_k);
-  EXPECT_EQ(tail_v.to_host(), want_v);
-  EXPECT_EQ(counts.to_host(), (std::vector<std::int32_t>{3, 128, 128}));
-  EXPECT_TRUE(tail_k.guards_intact() && tail_v.guards_intact() && counts.guards_intact());
 }
 
 }  // namespace

@@ -21,15 +21,16 @@ struct alignas(128) WorkItem {
   std::int32_t set = 0;    // scale set: index into DecodeParams::key_sets
   std::uint32_t bits = 0;  // item_class_bits(), kItem... flags
   std::int32_t n_tokens = 0;
-  std::int32_t next_set = -1;      // of the block's next item
+  std::int32_t next_set = -1;      // the block's next other one, -1 = none
   std::int32_t first_partial = 0;  // slots of the row: [first_partial, first_partial + n_partials)
   std::int32_t n_partials = 0;     // 1: the block has the whole row and writes the result itself
   std::int32_t partial = 0;        // the block's slot
+  std::uint32_t next_bits = 0;     // item_class_bits() of next_set
   // The first pages again: they come with the item, in one trip to memory less.
   struct Page {
     std::uint32_t unit = 0;
   } pages[kItemPages];
-  std::int32_t unused[9] = {};
+  std::int32_t unused[8] = {};
 };
 ZC_HOST_DEVICE constexpr std::uint32_t item_class_bits(PageClass cls) {
   return static_cast<std::uint32_t>(cls.key_bits | cls.value_bits << 4 | cls.wide_chunks << 8 |
@@ -39,9 +40,25 @@ ZC_HOST_DEVICE constexpr PageClass item_class(std::uint32_t bits) {
   return {static_cast<std::uint8_t>(bits & 15), static_cast<std::uint8_t>(bits >> 4 & 15),
           static_cast<std::uint8_t>(bits >> 8 & 15), static_cast<std::uint8_t>(bits >> 12 & 15)};
 }
-inline constexpr std::uint32_t kItemEndsPart = 1u << 16;  // the block's last of this row
-inline constexpr std::uint32_t kItemWithTail = 2u << 16;  // the row's fp16 tail follows
+inline constexpr std::uint32_t kItemEndsPart = 1u << 16;   // the block's last of this row
+inline constexpr std::uint32_t kItemWithTail = 2u << 16;   // the row's fp16 tail follows
+inline constexpr std::uint32_t kItemNextInRow = 4u << 16;  // next_set is of this part of the row
 static_assert(sizeof(WorkItem) == 128);
+
+// What a decode step stores on its way, of the token whose query attends: its key and value as the
+// last of its sequence's tail; with a ring, the query as a probe of the next sealing, and the lse
+// of the step before.
+struct DecodeStore {
+  const float* k = nullptr;  // [n_sequences, n_kv_heads, head_dim], strides in floats between
+  const float* v = nullptr;  // sequences; nullptr: nothing is stored, the tails are complete
+  std::int64_t k_stride = 0;
+  std::int64_t v_stride = 0;
+  HalfBits* ring_q = nullptr;             // [n_sequences, ring, n_heads, head_dim], or nullptr
+  float* ring_lse = nullptr;              // [n_sequences, ring, n_heads], from DecodeParams::lse
+  const std::int32_t* ring_at = nullptr;  // [n_sequences, 2]: slot of this query, of that lse;
+                                          // < 0: none
+  std::int32_t ring = 0;
+};
 
 // Attention of one query token per sequence. Row r = sequence * n_kv_heads + kv_head.
 struct DecodeParams {
@@ -51,9 +68,9 @@ struct DecodeParams {
   std::int32_t head_dim = 0;
   float scale = 0;  // of q . k, usually 1 / sqrt(head_dim)
 
-  const HalfBits* q = nullptr;  // [n_sequences, n_heads, head_dim]
-  float* out = nullptr;         // [n_sequences, n_heads, head_dim]
-  float* lse = nullptr;         // [n_sequences, n_heads], base 2; may be nullptr
+  const float* q = nullptr;  // [n_sequences, n_heads, head_dim], 16-byte aligned; taken as fp16
+  float* out = nullptr;      // [n_sequences, n_heads, head_dim]
+  float* lse = nullptr;      // [n_sequences, n_heads], base 2; may be nullptr
 
   const std::uint8_t* pool = nullptr;  // 128-byte aligned
   const PageEntry* pages = nullptr;    // [all pages of all rows]
@@ -63,9 +80,10 @@ struct DecodeParams {
   const std::uint8_t* key_orders = nullptr;
   const float* value_factors = nullptr;  // [rows, head_dim]
 
-  const HalfBits* tail_k = nullptr;           // [rows, kTailTokens, head_dim]; may be nullptr
-  const HalfBits* tail_v = nullptr;           // same shape
+  HalfBits* tail_k = nullptr;                 // [rows, kTailTokens, head_dim]; may be nullptr
+  HalfBits* tail_v = nullptr;                 // same shape
   const std::int32_t* tail_tokens = nullptr;  // [n_sequences], 0..kTailTokens
+  DecodeStore store;                          // counted in tail_tokens already
 
   const WorkItem* items = nullptr;  // [>= n_blocks]: block b starts at item b
   std::int32_t n_blocks = 0;
@@ -196,18 +214,6 @@ struct QueryPowerParams {
   const HalfBits* q = nullptr;  // [n_queries, n_heads, head_dim]
   bool add = false;             // to what is there
   float* power = nullptr;       // [n_kv_heads, head_dim]
-};
-
-// Appends one token per sequence to the tails.
-struct AppendParams {
-  std::int32_t n_sequences = 0;
-  std::int32_t n_kv_heads = 0;
-  std::int32_t head_dim = 0;
-  const HalfBits* k = nullptr;  // [n_sequences, n_kv_heads, head_dim]
-  const HalfBits* v = nullptr;  // same shape
-  HalfBits* tail_k = nullptr;   // [rows, kTailTokens, head_dim]
-  HalfBits* tail_v = nullptr;
-  std::int32_t* tail_tokens = nullptr;  // [n_sequences]; a full tail is left as it is
 };
 
 }  // namespace zipcache::cuda

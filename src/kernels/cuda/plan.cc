@@ -267,8 +267,8 @@ class Planner {
       plan.n_partials += n_parts[row] > 1 ? n_parts[row] : 0;
     }
     const std::vector<std::int32_t> first_partial = next_partial;
-    plan.n_blocks = static_cast<int>(blocks.size());
-    plan.items.resize(blocks.size());
+    plan.n_blocks = std::max(static_cast<int>(blocks.size()), input_.n_blocks);
+    plan.items.resize(plan.n_blocks);
     for (std::size_t block = 0; block < blocks.size(); ++block) {
       std::size_t last = 0;
       bool first = true;
@@ -288,7 +288,6 @@ class Planner {
           if (!first) {
             plan.items.emplace_back();
             plan.items[last].next = static_cast<std::int32_t>(at);
-            plan.items[last].next_set = item.n_pages > 0 ? item.set : -1;
           }
           item.next = -1;
           plan.items[at] = item;
@@ -296,8 +295,24 @@ class Planner {
           first = false;
         }
       }
+      name_next_sets(static_cast<std::int32_t>(block), plan.items);
     }
     return plan;
+  }
+
+  static void name_next_sets(std::int32_t first, std::vector<WorkItem>& items) {
+    for (std::int32_t at = first; at >= 0; at = items[at].next) {
+      WorkItem& item = items[at];
+      for (std::int32_t later = item.next; later >= 0; later = items[later].next) {
+        const WorkItem& other = items[later];
+        if (other.n_pages > 0 && (other.row != item.row || other.set != item.set)) {
+          item.next_set = other.set;
+          item.next_bits = item_class_bits(item_class(other.bits));
+          item.bits |= other.row == item.row ? kItemNextInRow : 0;
+          break;
+        }
+      }
+    }
   }
 
   const PlanInput& input_;

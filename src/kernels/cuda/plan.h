@@ -27,6 +27,9 @@ struct PlanInput {
   // A block's part of a row costs this much however little it reads: start, merge, partial result.
   int part_bytes = 48 << 10;
   int min_block_bytes = 80 << 10;  // of cost; below this, more blocks are no faster
+  // At least so many blocks, those without work included: plans with the same number need the same
+  // launch, which can be repeated.
+  int n_blocks = 0;
 };
 
 struct DecodePlan {

@@ -41,6 +41,18 @@ struct Lists {
   }
 };
 
+// The set that is named ahead is the next one, of this row or another.
+void check_next_set(const DecodePlan& plan, const WorkItem& item) {
+  const WorkItem* other = nullptr;
+  for (int at = item.next; at >= 0 && other == nullptr; at = plan.items[at].next) {
+    const WorkItem& later = plan.items[at];
+    other = later.n_pages > 0 && later.set != item.set ? &later : nullptr;
+  }
+  ASSERT_EQ(item.next_set, other != nullptr ? other->set : -1);
+  ASSERT_EQ(item.next_bits, other != nullptr ? other->bits & 0xffff : 0);
+  ASSERT_EQ((item.bits & kItemNextInRow) != 0, other != nullptr && other->row == item.row);
+}
+
 // Every page exactly once, of one class and set per item, full up to the last; tails once per row,
 // consistent slots, a block has a row only once.
 void check(const Lists& lists, const DecodePlan& plan) {
@@ -72,6 +84,7 @@ void check(const Lists& lists, const DecodePlan& plan) {
       tails[item.row] += (item.bits & kItemWithTail) != 0;
       announced[item.row] = item.n_partials;
       parts[item.row] += !inside;
+      check_next_set(plan, item);
       if (item.n_partials > 1 && !inside) {
         ASSERT_TRUE(slots.insert(item.partial).second);
         ASSERT_GE(item.partial, item.first_partial);
@@ -86,6 +99,29 @@ void check(const Lists& lists, const DecodePlan& plan) {
   EXPECT_EQ(tails, std::vector<int>(n_rows, 1));
   EXPECT_EQ(parts, announced);
   EXPECT_EQ(static_cast<int>(slots.size()), plan.n_partials);
+}
+
+TEST(Plan, BlocksWithoutWorkHaveNoPagesAndEndNothing) {
+  const Lists lists({10, 3});
+  PlanInput input = lists.input(4);
+  const DecodePlan plan = plan_decode(input);
+  input.n_blocks = 50;
+  const DecodePlan padded = plan_decode(input);
+  ASSERT_LT(plan.n_blocks, 50);
+  ASSERT_EQ(padded.n_blocks, 50);
+  ASSERT_EQ(padded.items.size(), plan.items.size() + 50 - plan.n_blocks);
+  for (int block = 0; block < 50; ++block) {
+    const WorkItem& item = padded.items[block];
+    if (block < plan.n_blocks) {
+      EXPECT_EQ(item.first_page, plan.items[block].first_page);
+    } else {
+      EXPECT_EQ(item.n_pages, 0);
+      EXPECT_EQ(item.next, -1);
+      EXPECT_EQ(item.bits, 0);
+    }
+  }
+  input.n_blocks = 1;  // fewer than there is work for
+  EXPECT_EQ(plan_decode(input).n_blocks, plan.n_blocks);
 }
 
 TEST(Plan, CoversEverythingOnce) {

@@ -106,6 +106,16 @@ __device__ __forceinline__ uint4 load_16(const void* from) {
   return v;
 }
 
+// The same of memory that this launch writes too.
+__device__ __forceinline__ uint4 load_written_16(const void* from) {
+  uint4 v;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(from)
+               : "memory");
+  return v;
+}
+
 // The same of shared memory.
 __device__ __forceinline__ uint4 load_shared_16(const void* from) {
   uint4 v;

@@ -12,7 +12,6 @@
 
 namespace zipcache::cuda {
 
-// A warp's tiles of an item are the tiles warp, warp + kWarps, ... of its pages.
 template <int kHeadDim>
 class TileRing {
  public:
@@ -64,7 +63,7 @@ class TileRing {
   }
 
  private:
-  static_assert(kWarps % kTilesPerPage == 0);  // all tiles of a warp have one place in their pages
+  static_assert(kWarps % kTilesPerPage == 0);  // a warp's tiles of an item: one place in the pages
 
   __device__ __forceinline__ uint32_t barrier(int slot) const { return control_ + slot * 8; }
 
@@ -73,11 +72,14 @@ class TileRing {
     while (next_ >= n_tiles_ && next_item_ >= 0) {
       const WorkItem* item = params.items + next_item_;
       // Before it is known whether there is such a page: one trip to memory instead of two.
+      first_ = turn_.first(warp_);
       unit_ = __ldg(&item->pages[min(page_of(lane), kItemPages - 1)].unit);
       const uint4 head = ptx::load_16(item);
       const uint32_t bits = __ldg(&item->bits);
       next_ = 0;
-      n_tiles_ = (static_cast<int>(head.z) * kTilesPerPage - warp_ + kWarps - 1) / kWarps;
+      const int n_tiles = static_cast<int>(head.z) * kTilesPerPage;
+      n_tiles_ = (n_tiles - first_ + kWarps - 1) / kWarps;
+      turn_.pass(n_tiles);
       first_page_ = static_cast<int>(head.y);
       next_item_ = static_cast<int>(head.w);
       tile_bytes_ = tile_bytes(kHeadDim, item_class(bits));
@@ -91,7 +93,7 @@ class TileRing {
     }
   }
   __device__ __forceinline__ int page_of(int tile) const {
-    return (warp_ + tile * kWarps) / kTilesPerPage;
+    return (first_ + tile * kWarps) / kTilesPerPage;
   }
 
   __device__ __forceinline__ void fill(const DecodeParams& params, int slot, int lane) {
@@ -118,7 +120,7 @@ class TileRing {
   __device__ __forceinline__ const uint8_t* address_of(const DecodeParams& params,
                                                        uint32_t unit) const {
     return params.pool + static_cast<uint64_t>(unit) * kTileAlignment +
-           warp_ % kTilesPerPage * tile_bytes_;
+           first_ % kTilesPerPage * tile_bytes_;
   }
 
   uint32_t control_;
@@ -127,6 +129,8 @@ class TileRing {
   int slot_bytes_;
   int next_item_;
   int warp_;
+  WarpTurn<kWarps> turn_;
+  int first_ = 0;  // this warp's first tile of the item
   int first_page_ = 0;
   int n_tiles_ = 0;  // of this warp
   int next_ = 0;     // the next to fetch

@@ -37,39 +37,17 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// A block per token and head: few loads one after the other, as decode waits for this kernel.
+// A block per token and head.
 __global__ void __launch_bounds__(kHeadThreads)
     ingest_kernel(const __grid_constant__ IngestParams p) {
-  ptx::let_next_launch_start();
   const int token = blockIdx.x, sequence = token / p.n_per_sequence, head = blockIdx.y;
-  if (head < p.n_kv_heads) {
-    const int64_t to = sequence * p.to.sequence_stride + p.place[token] * p.to.token_stride +
-                       head * p.to.head_stride;
-    const float* const k = p.k + token * p.k_stride + head * p.head_dim;
-    const float* const v = p.v + token * p.v_stride + head * p.head_dim;
-    for (int n = threadIdx.x; n < p.head_dim; n += kHeadThreads) {
-      p.to.k[to + n] = to_half(k[n]);
-      p.to.v[to + n] = to_half(v[n]);
-    }
-  }
-  if (p.q == nullptr) {
-    return;
-  }
-  const int slot = p.ring_q != nullptr ? p.ring_at[2 * sequence] : -1;
-  const int lse_slot = p.ring_q != nullptr ? p.ring_at[2 * sequence + 1] : -1;
-  const float* const q = p.q + sequence * p.q_sequence_stride +
-                         (token % p.n_per_sequence) * p.q_query_stride + head * p.q_head_stride;
+  const int64_t to = sequence * p.to.sequence_stride + p.place[token] * p.to.token_stride +
+                     head * p.to.head_stride;
+  const float* const k = p.k + token * p.k_stride + head * p.head_dim;
+  const float* const v = p.v + token * p.v_stride + head * p.head_dim;
   for (int n = threadIdx.x; n < p.head_dim; n += kHeadThreads) {
-    const HalfBits half = to_half(q[n]);
-    p.q_half[(static_cast<int64_t>(token) * p.n_heads + head) * p.head_dim + n] = half;
-    if (slot >= 0) {
-      p.ring_q[((static_cast<int64_t>(sequence) * p.ring + slot) * p.n_heads + head) * p.head_dim +
-               n] = half;
-    }
-  }
-  if (lse_slot >= 0 && threadIdx.x == 0) {
-    p.ring_lse[(sequence * p.ring + lse_slot) * p.n_heads + head] =
-        p.last_lse[sequence * p.n_heads + head];
+    p.to.k[to + n] = to_half(k[n]);
+    p.to.v[to + n] = to_half(v[n]);
   }
 }
 
@@ -153,9 +131,8 @@ Status summarize_mask(const MaskSummaryParams& p, Stream stream) {
 }
 
 Status ingest(const IngestParams& p, Stream stream) {
-  const int heads = p.q != nullptr ? p.n_heads : p.n_kv_heads;
-  return run(ingest_kernel, dim3(p.n_sequences * p.n_per_sequence, heads), kHeadThreads, p, stream,
-             "ingest");
+  return run(ingest_kernel, dim3(p.n_sequences * p.n_per_sequence, p.n_kv_heads), kHeadThreads, p,
+             stream, "ingest");
 }
 
 Status move_rows(const MoveParams& p, Stream stream) {

@@ -38,14 +38,11 @@ struct RowsAt {
   std::int64_t head_stride = 0;
 };
 
-// New keys and values of n_sequences x n_per_sequence tokens as fp16 rows; queries as fp16, where a
-// kernel wants them so. With a ring, queries are kept there too, as probes of the next sealing, and
-// the lse that `last_lse` still holds of the step before.
+// New keys and values of n_sequences x n_per_sequence tokens as fp16 rows.
 struct IngestParams {
   std::int32_t n_sequences = 0;
   std::int32_t n_per_sequence = 0;
   std::int32_t n_kv_heads = 0;
-  std::int32_t n_heads = 0;
   std::int32_t head_dim = 0;
   const float* k = nullptr;  // [tokens, n_kv_heads, head_dim], strides in floats between tokens
   const float* v = nullptr;
@@ -53,19 +50,6 @@ struct IngestParams {
   std::int64_t v_stride = 0;
   RowsAt to;
   const std::int32_t* place = nullptr;  // [tokens]: token of its sequence in `to`
-
-  const float* q = nullptr;  // as in PrefillParams; nullptr: not wanted
-  std::int64_t q_sequence_stride = 0;
-  std::int64_t q_query_stride = 0;
-  std::int64_t q_head_stride = 0;
-  HalfBits* q_half = nullptr;  // [tokens, n_heads, head_dim]
-
-  HalfBits* ring_q = nullptr;             // [n_sequences, ring, n_heads, head_dim], or nullptr
-  float* ring_lse = nullptr;              // [n_sequences, ring, n_heads]
-  const float* last_lse = nullptr;        // [n_sequences, n_heads]
-  const std::int32_t* ring_at = nullptr;  // [n_sequences, 2]: slot of these queries, of that lse;
-                                          // < 0: none
-  std::int32_t ring = 0;
 };
 Status ingest(const IngestParams& params, Stream stream);
 

@@ -67,24 +67,19 @@ TEST_F(WindowTest, MaskSummary) {
   }
 }
 
-TEST_F(WindowTest, IngestPutsTokensQueriesAndProbes) {
-  const int sequences = 2, per_sequence = 3, kv_heads = 2, heads = 6, dim = 64, ring = 4, room = 9;
+TEST_F(WindowTest, IngestPutsTokens) {
+  const int sequences = 2, per_sequence = 3, kv_heads = 2, dim = 64, room = 9;
   const int n = sequences * per_sequence, width = kv_heads * dim;
   const auto k = random_floats(std::size_t(n) * width, 1), v = random_floats(k.size(), 2);
-  const auto q = random_floats(std::size_t(n) * heads * dim, 3);  // [sequence, head, token, dim]
-  const std::vector<std::int32_t> place{8, 0, 3, 1, 2, 7}, ring_at{2, 1, -1, -1};
-  const std::vector<float> lse = random_floats(std::size_t(sequences) * heads, 4);
-  const DeviceArray<float> dk(k), dv(v), dq(q), last(lse);
-  const DeviceArray<std::int32_t> dplace(place), dring_at(ring_at);
+  const std::vector<std::int32_t> place{8, 0, 3, 1, 2, 7};
+  const DeviceArray<float> dk(k), dv(v);
+  const DeviceArray<std::int32_t> dplace(place);
   const std::size_t row_halves = std::size_t(sequences) * kv_heads * room * dim;
-  const DeviceArray<HalfBits> to_k(row_halves, 0), to_v(row_halves, 0),
-      q_half(std::size_t(n) * heads * dim), ring_q(std::size_t(sequences) * ring * heads * dim, 0);
-  const DeviceArray<float> ring_lse(std::size_t(sequences) * ring * heads, 0);
+  const DeviceArray<HalfBits> to_k(row_halves, 0), to_v(row_halves, 0);
   IngestParams p;
   p.n_sequences = sequences;
   p.n_per_sequence = per_sequence;
   p.n_kv_heads = kv_heads;
-  p.n_heads = heads;
   p.head_dim = dim;
   p.k = dk.data();
   p.v = dv.data();
@@ -92,20 +87,8 @@ TEST_F(WindowTest, IngestPutsTokensQueriesAndProbes) {
   p.to = {to_k.data(), to_v.data(), std::int64_t(kv_heads) * room * dim, dim,
           std::int64_t(room) * dim};
   p.place = dplace.data();
-  p.q = dq.data();
-  p.q_sequence_stride = std::int64_t(heads) * per_sequence * dim;
-  p.q_query_stride = dim;
-  p.q_head_stride = std::int64_t(per_sequence) * dim;
-  p.q_half = q_half.data();
-  p.ring_q = ring_q.data();
-  p.ring_lse = ring_lse.data();
-  p.last_lse = last.data();
-  p.ring_at = dring_at.data();
-  p.ring = ring;
   ASSERT_TRUE(ingest(p, nullptr));
-  const auto got_k = to_k.to_host(), got_v = to_v.to_host(), got_q = q_half.to_host(),
-             got_ring = ring_q.to_host();
-  const auto got_lse = ring_lse.to_host();
+  const auto got_k = to_k.to_host(), got_v = to_v.to_host();
   for (int token = 0; token < n; ++token) {
     const int sequence = token / per_sequence;
     for (int x = 0; x < width; ++x) {
@@ -114,17 +97,8 @@ TEST_F(WindowTest, IngestPutsTokensQueriesAndProbes) {
       EXPECT_EQ(got_k[at], float_to_half(k[std::size_t(token) * width + x]));
       EXPECT_EQ(got_v[at], float_to_half(v[std::size_t(token) * width + x]));
     }
-    for (int x = 0; x < heads * dim; ++x) {
-      const float value = q[(std::size_t(sequence) * heads + x / dim) * per_sequence * dim +
-                            std::size_t(token % per_sequence) * dim + x % dim];
-      EXPECT_EQ(got_q[std::size_t(token) * heads * dim + x], float_to_half(value));
-    }
   }
-  for (int head = 0; head < heads; ++head) {
-    EXPECT_EQ(got_lse[1 * heads + head], lse[head]);      // sequence 0, slot 1
-    EXPECT_EQ(got_lse[(ring + 1) * heads + head], 0.0f);  // sequence 1: none
-    EXPECT_NE(got_ring[(2 * std::size_t(heads) + head) * dim], 0u);
-  }
+  EXPECT_TRUE(to_k.guards_intact() && to_v.guards_intact());
 }
 
 TEST_F(WindowTest, RowsMoveBetweenLayouts) {

@@ -194,6 +194,9 @@ void run(dim3 grid, dim3 threads, std::size_t shared_bytes, const std::function<
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = __CUDA_ARCH__ / 100;
+      break;
     case cudaDevAttrMultiProcessorCount:
       *value = 6;
       break;

@@ -136,6 +136,7 @@ inline uint32_t sub_half2(uint32_t x, uint32_t y) {
   return pack_half2(low_half(x) - low_half(y), high_half(x) - high_half(y));
 }
 inline uint4 load_16(const void* from) { return *static_cast<const uint4*>(from); }
+inline uint4 load_written_16(const void* from) { return load_16(from); }
 inline uint4 load_shared_16(const void* from) { return *static_cast<const uint4*>(from); }
 
 inline void barrier_init(uint32_t barrier, uint32_t arrivals) {
