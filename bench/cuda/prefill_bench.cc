@@ -149,7 +149,8 @@ void bench_pack(const Report& report, const Shape& shape, int n_samples) {
   const DeviceBuffer<std::uint8_t> key_orders(std::size_t(p.n_kv_heads) * p.n_key_sets *
                                               p.head_dim);
   const DeviceBuffer<float> factors(std::size_t(p.n_kv_heads) * p.head_dim);
-  const DeviceBuffer<std::uint32_t> workspace(pack_workspace_words(p));
+  const DeviceBuffer<std::uint32_t> workspace(
+      std::vector<std::uint32_t>(pack_workspace_words(p), 0));
   p.order = order.data();
   p.pages = pages.data();
   p.pool = pool.data();

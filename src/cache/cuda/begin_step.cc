@@ -153,11 +153,12 @@ Status DeviceCache::make_room(const StepTensors& in, Stream stream) {
     }
   }
   window_tokens_ = n_window;
-  n_lanes_ = step_.is_decode ? SideStreams::kCount : 1;
+  n_lanes_ = step_.is_decode ? kMaxBatch : 1;
+  n_windows_ = step_.is_decode ? 1 : in.n_streams;  // decode seals stream after stream
   const auto ensure_lanes = [&](DeviceArray& scratch, std::size_t bytes) {
     return scratch.ensure(n_lanes_ * ((bytes + 255) / 256 * 256), stream);
   };
-  ZC_TRY(ensure_lanes(window_, 2 * in.n_streams * n_window * heads * dim * sizeof(HalfBits)));
+  ZC_TRY(ensure_lanes(window_, 2 * n_windows_ * n_window * heads * dim * sizeof(HalfBits)));
   ZC_TRY(ensure_lanes(saliency_, heads * n_window * sizeof(float)));
   ZC_TRY(ensure_lanes(order_, heads * n_window * sizeof(std::int32_t)));
   ZC_TRY(ensure_lanes(workspace_, n_pack * sizeof(std::uint32_t)));

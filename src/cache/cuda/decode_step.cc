@@ -3,6 +3,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <array>
 #include <utility>
 
 #include "cache/cuda/device_cache.h"
@@ -175,19 +176,10 @@ Status DeviceCache::decode_layer(std::uint32_t index, const LayerTensors& layer,
 }
 
 Status DeviceCache::end_step(Stream stream) {
-  const bool seals = std::any_of(step_.streams.begin(), step_.streams.end(),
-                                 [](const StreamStep& s) { return !s.seals.empty(); });
-  if (step_.is_decode && seals) {
-    // Hundreds of small kernels: layers side by side.
-    ZC_TRY(lanes_.fork(stream));
-    Status done = ok_status();
-    for (std::uint32_t index = 0; done && index < table_.shape().n_layers; ++index) {
-      lane_ = index % n_lanes_;
-      done = seal_decoded(index, lanes_[lane_]);
+  for (std::size_t n = 0; step_.is_decode && n < step_.streams.size(); ++n) {
+    if (!step_.streams[n].seals.empty()) {
+      ZC_TRY(seal_decoded(n, stream));
     }
-    lane_ = 0;
-    ZC_TRY(lanes_.join(stream));
-    ZC_TRY(done);
   }
   for (const StreamStep& s : step_.streams) {
     if (!s.restored_from.empty()) {
@@ -197,28 +189,32 @@ Status DeviceCache::end_step(Stream stream) {
   return ok_status();
 }
 
-Status DeviceCache::seal_decoded(std::uint32_t index, Stream stream) {
+// Some layers at a time: one by one they were hundreds of small launches, 20 ms after a step of 8
+// streams.
+Status DeviceCache::seal_decoded(std::size_t n, Stream stream) {
   const TableShape& shape = table_.shape();
-  const std::size_t first = step_.first_stream;
+  const StreamStep& s = step_.streams[n];
   const std::size_t query = std::size_t{in_.n_heads} * shape.head_dim;
-  const float* const lse = last_lse_.layer<float>(index) + first * in_.n_heads;
-  const HalfBits* const ring_q = ring_q_.layer<HalfBits>(index) + first * kProbeRing * query;
-  float* const ring_lse = ring_lse_.layer<float>(index) + first * kProbeRing * in_.n_heads;
-  for (std::size_t n = 0; n < step_.streams.size(); ++n) {
-    const StreamStep& s = step_.streams[n];
-    if (s.seals.empty()) {
-      continue;
+  const std::size_t ring = (step_.first_stream + n) * kProbeRing;
+  // The lse of this step's query has not got into the ring yet.
+  ZC_TRY(to_status(
+      cudaMemcpy2DAsync(ring_lse_.layer<float>(0) + (ring + kProbeRing - 1) * in_.n_heads,
+                        ring_lse_.stride_bytes(),
+                        last_lse_.layer<float>(0) + (step_.first_stream + n) * in_.n_heads,
+                        last_lse_.stride_bytes(), in_.n_heads * sizeof(float), shape.n_layers,
+                        cudaMemcpyDeviceToDevice, stream),
+      "probes"));
+  for (std::uint32_t first = 0; first < shape.n_layers; first += kMaxBatch) {
+    const LayerBatch layers{first, std::min<std::uint32_t>(kMaxBatch, shape.n_layers - first), 0};
+    ZC_TRY(gather(layers, n, stream));
+    std::array<ProbeParams, kMaxBatch> probes;
+    for (std::uint32_t lane = 0; lane < layers.n; ++lane) {
+      const std::size_t at = ring + s.ring_first;
+      probes[lane].n_probes = static_cast<int>(at_[n].n_probes);
+      probes[lane].q = ring_q_.layer<HalfBits>(first + lane) + at * query;
+      probes[lane].lse = ring_lse_.layer<float>(first + lane) + at * in_.n_heads;
     }
-    ZC_TRY(gather(index, n, stream));
-    // The lse of this step's query has not got into the ring yet.
-    float* const lse_of_stream = ring_lse + n * kProbeRing * in_.n_heads;
-    ZC_TRY(copy_async(lse_of_stream + (kProbeRing - 1) * in_.n_heads, lse + n * in_.n_heads,
-                      in_.n_heads * sizeof(float), cudaMemcpyDeviceToDevice, stream));
-    ProbeParams probes;
-    probes.n_probes = static_cast<int>(at_[n].n_probes);
-    probes.q = ring_q + (n * kProbeRing + s.ring_first) * query;
-    probes.lse = lse_of_stream + s.ring_first * in_.n_heads;
-    ZC_TRY(keep(index, n, scale_, probes, stream));
+    ZC_TRY(keep(layers, n, scale_, std::span<const ProbeParams>(probes).first(layers.n), stream));
   }
   return ok_status();
 }

@@ -1,5 +1,7 @@
 #include "cache/cuda/device_cache.h"
 
+#include <array>
+
 #include "cache/cuda/step_status.h"
 
 namespace zipcache::cuda {
@@ -41,11 +43,11 @@ RowsAt DeviceCache::tail(std::uint32_t index, std::uint32_t stream) const {
           tail_v_.layer<HalfBits>(index) + stream * of_stream, of_stream, s.head_dim, of_head};
 }
 
-RowsAt DeviceCache::window(std::size_t s) const {
+RowsAt DeviceCache::window(std::size_t lane, std::size_t s) const {
   const std::int64_t token = std::int64_t{table_.shape().n_kv_heads} * table_.shape().head_dim;
   const std::int64_t stream = token * static_cast<std::int64_t>(window_tokens_);
-  HalfBits* const k = of_lane<HalfBits>(window_);
-  HalfBits* const v = k + stream * static_cast<std::int64_t>(step_.streams.size());
+  HalfBits* const k = of_lane<HalfBits>(window_, lane);
+  HalfBits* const v = k + stream * static_cast<std::int64_t>(n_windows_);
   const auto n = static_cast<std::int64_t>(s);
   return {k + n * stream, v + n * stream, stream, token, table_.shape().head_dim};
 }
@@ -54,16 +56,24 @@ Status DeviceCache::run_layer(std::uint32_t index, const LayerTensors& layer, St
   return step_.is_decode ? decode_layer(index, layer, stream) : window_layer(index, layer, stream);
 }
 
-Status DeviceCache::gather(std::uint32_t index, std::size_t n, Stream stream) {
+Status DeviceCache::gather(const LayerBatch& layers, std::size_t n, Stream stream) {
   const StreamStep& s = step_.streams[n];
-  return move_rows({.n_tokens = static_cast<int>(s.gather_from.size()),
-                    .n_kv_heads = static_cast<int>(table_.shape().n_kv_heads),
-                    .head_dim = static_cast<int>(table_.shape().head_dim),
-                    .source = tail(index, s.stream),
-                    .target = window(n),
-                    .from = sent<std::int32_t>(at_[n].gather_from),
-                    .to = sent<std::int32_t>(at_[n].gather_to)},
-                   stream);
+  std::array<MoveParams, kMaxBatch> batch;
+  for (std::uint32_t lane = 0; lane < layers.n; ++lane) {
+    batch[lane] = {.n_tokens = static_cast<int>(s.gather_from.size()),
+                   .n_kv_heads = static_cast<int>(table_.shape().n_kv_heads),
+                   .head_dim = static_cast<int>(table_.shape().head_dim),
+                   .source = tail(layers.first + lane, s.stream),
+                   .target = window(lane, layers.window),
+                   .from = sent<std::int32_t>(at_[n].gather_from),
+                   .to = sent<std::int32_t>(at_[n].gather_to)};
+  }
+  return move_rows(std::span<const MoveParams>(batch).first(layers.n), stream);
+}
+
+float* DeviceCache::power_of_queries(std::uint32_t index, std::uint32_t of_stream) const {
+  return query_power_.layer<float>(index) +
+         std::size_t{of_stream} * table_.shape().n_kv_heads * table_.shape().head_dim;
 }
 
 std::size_t DeviceCache::device_bytes() const {

@@ -111,6 +111,13 @@ class DeviceCache {
  private:
   DeviceCache(const TableShape& shape, const policy::Policy& policy) : table_(shape, policy) {}
 
+  // Layers that are sealed together: layer first + i has lane i of the scratch, where `window` is
+  // the stream's.
+  struct LayerBatch {
+    std::uint32_t first = 0, n = 1;
+    std::size_t window = 0;
+  };
+
   Expected<Step> read_step(const StepTensors& in, Stream stream);
   Status summarize(const StepTensors& in, Stream stream);
   Status make_room(const StepTensors& in, Stream stream);
@@ -124,18 +131,22 @@ class DeviceCache {
     return reinterpret_cast<const T*>(uploaded_.as<std::byte>() + at);
   }
   // Unsealed tokens of the n-th stream of the step into its window.
-  Status gather(std::uint32_t index, std::size_t n, Stream stream);
+  Status gather(const LayerBatch& layers, std::size_t n, Stream stream);
   Expected<const float*> contiguous_queries(const LayerTensors& layer, Stream stream);
   Status decode_layer(std::uint32_t index, const LayerTensors& layer, Stream stream);
-  Status seal_decoded(std::uint32_t index, Stream stream);
+  Status seal_decoded(std::size_t n, Stream stream);
   Status window_layer(std::uint32_t index, const LayerTensors& layer, Stream stream);
-  Status keep(std::uint32_t index, std::size_t s, float scale, const ProbeParams& probes,
+  Status keep(const LayerBatch& layers, std::size_t n, float scale,
+              std::span<const ProbeParams> queries, Stream stream);
+  Status find_saliency(const LayerBatch& layers, std::size_t n, float scale,
+                       std::span<const ProbeParams> queries, Stream stream);
+  Status seal(const LayerBatch& layers, std::size_t n, std::size_t i, bool has_power,
               Stream stream);
-  PackParams pack_params(std::uint32_t index, std::uint32_t of_stream, const PagedBlock& block,
-                         const RowsAt& rows, const PageEntry* pages) const;
-  // Adds the probes' to that of the stream. nullptr: there were no queries yet.
-  Expected<const float*> add_query_power(std::uint32_t index, const StreamStep& s,
-                                         const ProbeParams& probes, Stream stream);
+  PackParams pack_params(std::uint32_t index, std::size_t lane, std::uint32_t of_stream,
+                         const PagedBlock& block, const RowsAt& rows, const PageEntry* pages) const;
+  Expected<bool> add_query_power(const LayerBatch& layers, const StreamStep& s,
+                                 std::span<const ProbeParams> probes, Stream stream);
+  float* power_of_queries(std::uint32_t index, std::uint32_t of_stream) const;
   RowsAt dense_rows(HalfBits* k, HalfBits* v) const;
   // `rows` by a token's place in block_cells(), or, of one block, in the block.
   Status list_pages(std::uint32_t index, std::span<const std::shared_ptr<PagedBlock>> blocks,
@@ -153,11 +164,11 @@ class DeviceCache {
                          Stream stream);
   std::uint64_t launch_key() const;
   RowsAt tail(std::uint32_t index, std::uint32_t stream) const;
-  RowsAt window(std::size_t s) const;
+  RowsAt window(std::size_t lane, std::size_t s) const;
   template <typename T>
-  T* of_lane(const DeviceArray& scratch) const {
+  T* of_lane(const DeviceArray& scratch, std::size_t lane) const {
     const std::size_t bytes = scratch.bytes() / n_lanes_ / 256 * 256;
-    return reinterpret_cast<T*>(scratch.as<std::byte>() + lane_ * bytes);
+    return reinterpret_cast<T*>(scratch.as<std::byte>() + lane * bytes);
   }
   const std::uint8_t* pool(std::uint32_t index) const;
 
@@ -184,11 +195,9 @@ class DeviceCache {
   DeviceArray block_cells_;
   std::uint64_t cells_version_ = 0;
 
-  // A step's. Layers that are sealed side by side have scratch of their own: window_, saliency_,
-  // order_ and workspace_ are there once per lane, so many bytes apart.
-  std::size_t window_tokens_ = 0;  // per stream, of window_
-  std::size_t lane_ = 0, n_lanes_ = 1;
-  SideStreams lanes_;
+  // A step's. Layers that are sealed together have scratch of their own: window_, saliency_, order_
+  // and workspace_ are there once per lane, so many bytes apart.
+  std::size_t window_tokens_ = 0, n_windows_ = 1, n_lanes_ = 1;  // of a window; of a lane; of all
   DeviceArray summary_, uploaded_, window_, queries_, lse_, probe_q_, probe_lse_, saliency_, order_,
       workspace_, page_cells_, partials_, prefill_tickets_, prefill_partials_;
   PinnedArray summary_host_, upload_host_;

@@ -183,7 +183,7 @@ Status LayeredArray::ensure(std::size_t bytes_per_layer, bool headroom, Stream s
     return ok_status();
   }
   const std::size_t wanted =
-      round_up(headroom ? bytes_per_layer + bytes_per_layer / 4 : bytes_per_layer, 256);
+      round_up(headroom ? bytes_per_layer + bytes_per_layer / 8 : bytes_per_layer, 256);
   void* grown = nullptr;
   if (Status ok = to_status(cudaMalloc(&grown, wanted * n_layers_), "memory"); !ok) {
     return ok;
@@ -203,45 +203,6 @@ Status LayeredArray::ensure(std::size_t bytes_per_layer, bool headroom, Stream s
   data_ = grown;
   per_layer_ = wanted;
   return ok_status();
-}
-
-SideStreams::~SideStreams() {
-  for (std::size_t n = 0; n < kCount; ++n) {
-    if (streams_[n] != nullptr) {
-      cudaStreamSynchronize(streams_[n]);
-      cudaStreamDestroy(streams_[n]);
-    }
-    if (events_[n] != nullptr) {
-      cudaEventDestroy(static_cast<cudaEvent_t>(events_[n]));
-    }
-  }
-}
-
-Status SideStreams::fork(Stream from) {
-  cudaError_t error = cudaSuccess;
-  for (std::size_t n = 0; n < kCount && error == cudaSuccess; ++n) {
-    auto event = static_cast<cudaEvent_t>(events_[n]);
-    if (streams_[n] == nullptr) {
-      error = cudaStreamCreateWithFlags(&streams_[n], cudaStreamNonBlocking);
-    }
-    if (event == nullptr && error == cudaSuccess) {
-      error = cudaEventCreateWithFlags(&event, cudaEventDisableTiming);
-      events_[n] = event;
-    }
-    error = error == cudaSuccess ? cudaEventRecord(event, from) : error;
-    error = error == cudaSuccess ? cudaStreamWaitEvent(streams_[n], event, 0) : error;
-  }
-  return to_status(error, "fork");
-}
-
-Status SideStreams::join(Stream into) {
-  cudaError_t error = cudaSuccess;
-  for (std::size_t n = 0; n < kCount && error == cudaSuccess; ++n) {
-    const auto event = static_cast<cudaEvent_t>(events_[n]);
-    error = cudaEventRecord(event, streams_[n]);
-    error = error == cudaSuccess ? cudaStreamWaitEvent(into, event, 0) : error;
-  }
-  return to_status(error, "join");
 }
 
 PinnedArray::~PinnedArray() {

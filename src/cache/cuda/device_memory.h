@@ -78,24 +78,6 @@ class LayeredArray {
   std::size_t n_layers_ = 0, per_layer_ = 0;
 };
 
-// Streams that work goes to side by side, between two points of another stream.
-class SideStreams {
- public:
-  SideStreams() = default;
-  ~SideStreams();
-  SideStreams(const SideStreams&) = delete;
-  SideStreams& operator=(const SideStreams&) = delete;
-  static constexpr std::size_t kCount = 4;
-
-  Status fork(Stream from);  // what follows in them waits for the work so far in `from`
-  Status join(Stream into);  // and what follows in `into` for theirs
-  Stream operator[](std::size_t n) const { return streams_[n]; }
-
- private:
-  Stream streams_[kCount] = {};
-  void* events_[kCount] = {};  // cudaEvent_t
-};
-
 // Host memory that copies to and from the device do not wait for.
 class PinnedArray {
  public:

@@ -144,11 +144,11 @@ Status DeviceCache::rotate_keys(std::uint32_t index, std::uint32_t of_stream,
                            .kept_stride = block->rank_stride(),
                            .order = order_.as<std::int32_t>()},
                           stream));
-    PackParams p = pack_params(index, of_stream, *block, rows, listed_pages_.as<PageEntry>());
+    PackParams p = pack_params(index, 0, of_stream, *block, rows, listed_pages_.as<PageEntry>());
     ZC_TRY(workspace_.ensure(pack_workspace_words(p) * sizeof(std::uint32_t), stream));
     p.workspace = workspace_.as<std::uint32_t>();
     if (table_.has_wide_channels()) {
-      p.query_power = query_power_.layer<float>(index) + of_stream * row;
+      p.query_power = power_of_queries(index, of_stream);
     }
     ZC_TRY(pack(p, stream));
   }

@@ -180,7 +180,7 @@ std::span<const HalfBits> DeviceCache::restored_row(std::uint32_t of_stream, std
 Status DeviceCache::take_restored(std::uint32_t index, std::size_t n, Stream stream) {
   const StreamStep& s = step_.streams[n];
   const std::size_t row = std::size_t{table_.shape().n_kv_heads} * table_.shape().head_dim;
-  const RowsAt rows = window(n);
+  const RowsAt rows = window(0, n);
   for (std::size_t begin = 0, end = 0; begin < s.restored_from.size(); begin = end) {
     for (end = begin + 1;
          end < s.restored_from.size() && s.restored_from[end] == s.restored_from[end - 1] + 1 &&

@@ -2,35 +2,40 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <array>
 
 #include "cache/cuda/device_cache.h"
 #include "cache/cuda/step_status.h"
 
 namespace zipcache::cuda {
 
-Expected<const float*> DeviceCache::add_query_power(std::uint32_t index, const StreamStep& s,
-                                                    const ProbeParams& probes, Stream stream) {
-  if (!table_.has_wide_channels() || (probes.n_probes == 0 && !s.adds_query_power)) {
-    return nullptr;
+// Adds the probes' to that of the stream; of each layer. False: there were no queries yet.
+Expected<bool> DeviceCache::add_query_power(const LayerBatch& layers, const StreamStep& s,
+                                            std::span<const ProbeParams> probes, Stream stream) {
+  if (!table_.has_wide_channels() || (probes[0].n_probes == 0 && !s.adds_query_power)) {
+    return false;
   }
   const TableShape& shape = table_.shape();
-  QueryPowerParams p;
-  p.n_queries = probes.n_probes;
-  p.n_kv_heads = static_cast<int>(shape.n_kv_heads);
-  p.n_heads = static_cast<int>(in_.n_heads);
-  p.head_dim = static_cast<int>(shape.head_dim);
-  p.q = probes.q;
-  p.add = s.adds_query_power;
-  p.power =
-      query_power_.layer<float>(index) + std::size_t{s.stream} * shape.n_kv_heads * shape.head_dim;
-  if (Status ok = query_power(p, stream); !ok) {
+  std::array<QueryPowerParams, kMaxBatch> batch;
+  for (std::uint32_t lane = 0; lane < layers.n; ++lane) {
+    QueryPowerParams& p = batch[lane];
+    p.n_queries = probes[lane].n_probes;
+    p.n_kv_heads = static_cast<int>(shape.n_kv_heads);
+    p.n_heads = static_cast<int>(in_.n_heads);
+    p.head_dim = static_cast<int>(shape.head_dim);
+    p.q = probes[lane].q;
+    p.add = s.adds_query_power;
+    p.power = power_of_queries(layers.first + lane, s.stream);
+  }
+  if (Status ok = query_power(std::span<const QueryPowerParams>(batch).first(layers.n), stream);
+      !ok) {
     return ok.error();
   }
-  return p.power;
+  return true;
 }
 
 // All of a block's ranges whole, and factors and ranks as they are: order_ has the tokens' order.
-PackParams DeviceCache::pack_params(std::uint32_t index, std::uint32_t of_stream,
+PackParams DeviceCache::pack_params(std::uint32_t index, std::size_t lane, std::uint32_t of_stream,
                                     const PagedBlock& block, const RowsAt& rows,
                                     const PageEntry* pages) const {
   const TableShape& shape = table_.shape();
@@ -41,7 +46,7 @@ PackParams DeviceCache::pack_params(std::uint32_t index, std::uint32_t of_stream
   p.k = rows.k;
   p.v = rows.v;
   p.token_stride = rows.token_stride;
-  p.order = of_lane<std::int32_t>(order_);
+  p.order = of_lane<std::int32_t>(order_, lane);
   // All classes of the policy, because the pages name them by their index there.
   p.n_classes = kPolicyClasses;
   std::ranges::copy(table_.classes(), p.classes);
@@ -63,20 +68,53 @@ PackParams DeviceCache::pack_params(std::uint32_t index, std::uint32_t of_stream
       key_orders_.layer<std::uint8_t>(index) + std::size_t{block.first_set} * shape.head_dim;
   p.value_factors = value_factors_.layer<float>(index) +
                     std::size_t{of_stream} * shape.n_kv_heads * shape.head_dim;
-  p.workspace = of_lane<std::uint32_t>(workspace_);
+  p.workspace = of_lane<std::uint32_t>(workspace_, lane);
   return p;
 }
 
-// Seals what is due of a window and puts the rest into the tail.
-Status DeviceCache::keep(std::uint32_t index, std::size_t n, float scale,
-                         const ProbeParams& queries, Stream stream) {
-  const TableShape& shape = table_.shape();
+// Seals what is due of a window and puts the rest into the tail. `queries` of each layer.
+Status DeviceCache::keep(const LayerBatch& layers, std::size_t n, float scale,
+                         std::span<const ProbeParams> queries, Stream stream) {
   const StreamStep& s = step_.streams[n];
-  const Uploaded& at = at_[n];
-  const RowsAt rows = window(n);
-  const std::size_t n_window = s.window_cells.size();
-  if (!s.seals.empty() && table_.policy().ranks() && queries.n_probes > 0) {
-    ProbeParams probes = queries;
+  if (!s.seals.empty()) {
+    ZC_TRY(find_saliency(layers, n, scale, queries, stream));
+  }
+  const Expected<bool> has_power = add_query_power(layers, s, queries, stream);
+  if (!has_power) {
+    return has_power.error();
+  }
+  for (std::size_t i = 0; i < s.seals.size(); ++i) {
+    ZC_TRY(seal(layers, n, i, *has_power, stream));
+  }
+  std::array<MoveParams, kMaxBatch> batch;
+  for (std::uint32_t lane = 0; lane < layers.n; ++lane) {
+    batch[lane] = {.n_tokens = static_cast<int>(s.keep_from.size()),
+                   .n_kv_heads = static_cast<int>(table_.shape().n_kv_heads),
+                   .head_dim = static_cast<int>(table_.shape().head_dim),
+                   .source = window(lane, layers.window),
+                   .target = tail(layers.first + lane, s.stream),
+                   .from = sent<std::int32_t>(at_[n].keep_from),
+                   .to = sent<std::int32_t>(at_[n].keep_to)};
+  }
+  return move_rows(std::span<const MoveParams>(batch).first(layers.n), stream);
+}
+
+Status DeviceCache::find_saliency(const LayerBatch& layers, std::size_t n, float scale,
+                                  std::span<const ProbeParams> queries, Stream stream) {
+  const TableShape& shape = table_.shape();
+  const std::size_t n_window = step_.streams[n].window_cells.size();
+  const bool ranks = table_.policy().ranks() && queries[0].n_probes > 0;
+  std::array<ProbeParams, kMaxBatch> batch;
+  for (std::uint32_t lane = 0; lane < layers.n; ++lane) {
+    float* const saliency = of_lane<float>(saliency_, lane);
+    if (!ranks) {  // all alike
+      ZC_TRY(to_status(
+          cudaMemsetAsync(saliency, 0, shape.n_kv_heads * n_window * sizeof(float), stream),
+          "ranks"));
+      continue;
+    }
+    const RowsAt rows = window(lane, layers.window);
+    ProbeParams& probes = batch[lane] = queries[lane];
     probes.n_tokens = static_cast<int>(n_window);
     probes.n_kv_heads = static_cast<int>(shape.n_kv_heads);
     probes.n_heads = static_cast<int>(in_.n_heads);
@@ -84,30 +122,34 @@ Status DeviceCache::keep(std::uint32_t index, std::size_t n, float scale,
     probes.scale = scale;
     probes.k = rows.k;
     probes.token_stride = rows.token_stride;
-    probes.positions = sent<std::int32_t>(at.probe_positions);
-    probes.saliency = of_lane<float>(saliency_);
-    ZC_TRY(probe_saliency(probes, stream));
-  } else if (!s.seals.empty()) {  // all alike
-    ZC_TRY(to_status(cudaMemsetAsync(of_lane<float>(saliency_), 0,
-                                     shape.n_kv_heads * n_window * sizeof(float), stream),
-                     "ranks"));
+    probes.positions = sent<std::int32_t>(at_[n].probe_positions);
+    probes.saliency = saliency;
   }
-  const Expected<const float*> power = add_query_power(index, s, queries, stream);
-  if (!power) {
-    return power.error();
-  }
-  for (std::size_t i = 0; i < s.seals.size(); ++i) {
-    const StreamStep::Seal& seal = s.seals[i];
-    const PagedBlock& block = *seal.block;
-    ZC_TRY(rank_tokens({.n_tokens = static_cast<int>(block.n_tokens),
-                        .n_kv_heads = static_cast<int>(shape.n_kv_heads),
-                        .saliency = of_lane<float>(saliency_) + seal.window_begin,
-                        .head_stride = static_cast<std::int64_t>(n_window),
-                        .order = of_lane<std::int32_t>(order_),
-                        .kept = ranks_.layer<std::uint16_t>(index) + block.first_rank,
-                        .kept_stride = block.rank_stride()},
-                       stream));
-    PackParams p = pack_params(index, s.stream, block, rows, sent<PageEntry>(at.seal_pages[i]));
+  return ranks ? probe_saliency(std::span<const ProbeParams>(batch).first(layers.n), stream)
+               : ok_status();
+}
+
+// The i-th block that the n-th stream of the step seals.
+Status DeviceCache::seal(const LayerBatch& layers, std::size_t n, std::size_t i, bool has_power,
+                         Stream stream) {
+  const TableShape& shape = table_.shape();
+  const StreamStep& s = step_.streams[n];
+  const StreamStep::Seal& seal = s.seals[i];
+  const PagedBlock& block = *seal.block;
+  std::array<RankParams, kMaxBatch> ranks;
+  std::array<PackParams, kMaxBatch> packs;
+  for (std::uint32_t lane = 0; lane < layers.n; ++lane) {
+    const std::uint32_t index = layers.first + lane;
+    ranks[lane] = {.n_tokens = static_cast<int>(block.n_tokens),
+                   .n_kv_heads = static_cast<int>(shape.n_kv_heads),
+                   .saliency = of_lane<float>(saliency_, lane) + seal.window_begin,
+                   .head_stride = static_cast<std::int64_t>(s.window_cells.size()),
+                   .order = of_lane<std::int32_t>(order_, lane),
+                   .kept = ranks_.layer<std::uint16_t>(index) + block.first_rank,
+                   .kept_stride = block.rank_stride()};
+    const RowsAt rows = window(lane, layers.window);
+    PackParams& p = packs[lane] =
+        pack_params(index, lane, s.stream, block, rows, sent<PageEntry>(at_[n].seal_pages[i]));
     p.k += seal.window_begin * rows.token_stride;
     p.v += seal.window_begin * rows.token_stride;
     for (int c = 0; c < block.classes.n_classes; ++c) {
@@ -117,18 +159,11 @@ Status DeviceCache::keep(std::uint32_t index, std::size_t n, float scale,
     }
     p.wide_clip = table_.policy().key.rules.wide_clip;
     p.keep_length = table_.policy().value.rules.keep_length;
-    p.query_power = *power;
+    p.query_power = has_power ? power_of_queries(index, s.stream) : nullptr;
     p.keep_factors = !seal.is_first;
-    ZC_TRY(pack(p, stream));
   }
-  return move_rows({.n_tokens = static_cast<int>(s.keep_from.size()),
-                    .n_kv_heads = static_cast<int>(shape.n_kv_heads),
-                    .head_dim = static_cast<int>(shape.head_dim),
-                    .source = rows,
-                    .target = tail(index, s.stream),
-                    .from = sent<std::int32_t>(at.keep_from),
-                    .to = sent<std::int32_t>(at.keep_to)},
-                   stream);
+  ZC_TRY(rank_tokens(std::span<const RankParams>(ranks).first(layers.n), stream));
+  return pack(std::span<const PackParams>(packs).first(layers.n), stream);
 }
 
 }  // namespace zipcache::cuda

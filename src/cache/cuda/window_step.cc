@@ -11,7 +11,7 @@ Status DeviceCache::window_layer(std::uint32_t index, const LayerTensors& layer,
   const TableShape& shape = table_.shape();
   const std::size_t n_per_stream = step_.n_per_stream;
   for (std::size_t n = 0; n < step_.streams.size(); ++n) {
-    ZC_TRY(gather(index, n, stream));
+    ZC_TRY(gather({index, 1, n}, n, stream));
     ZC_TRY(take_restored(index, n, stream));
   }
   IngestParams put;
@@ -23,7 +23,7 @@ Status DeviceCache::window_layer(std::uint32_t index, const LayerTensors& layer,
   put.v = layer.v;
   put.k_stride = layer.k_stride;
   put.v_stride = layer.v_stride;
-  put.to = window(0);
+  put.to = window(0, 0);
   put.place = sent<std::int32_t>(place_);
   ZC_TRY(ingest(put, stream));
 
@@ -48,7 +48,7 @@ Status DeviceCache::window_layer(std::uint32_t index, const LayerTensors& layer,
                       ? nullptr
                       : in_.mask + static_cast<std::int64_t>(n) * in_.mask_plane_stride;
     attend.mask_stride = in_.mask_row_stride;
-    const RowsAt rows = window(n);
+    const RowsAt rows = window(0, n);
     attend.n_dense = static_cast<int>(s.window_cells.size());
     attend.dense_k = rows.k;
     attend.dense_v = rows.v;
@@ -104,7 +104,7 @@ Status DeviceCache::window_layer(std::uint32_t index, const LayerTensors& layer,
       probes.q = probe_q_.as<HalfBits>();
       probes.lse = probe_lse_.as<float>();
     }
-    ZC_TRY(keep(index, n, layer.scale, probes, stream));
+    ZC_TRY(keep({index, 1, n}, n, layer.scale, {&probes, 1}, stream));
   }
   return ok_status();
 }

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <string>
 
+#include "base/check.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/prefill_config.h"
 
@@ -182,7 +183,9 @@ int pack_pages(const PackParams& params) {
   return n_pages;
 }
 
-Status pack(const PackParams& params, Stream stream) {
+Status pack(std::span<const PackParams> batch, Stream stream) {
+  ZC_CHECK(!batch.empty() && batch.size() <= kMaxBatch);
+  const PackParams& params = batch[0];
   if (Status status = check_heads("pack", params.n_kv_heads, params.n_kv_heads, params.head_dim);
       !status) {
     return status;
@@ -215,19 +218,23 @@ Status pack(const PackParams& params, Stream stream) {
   if (params.n_tokens == 0) {
     return ok_status();
   }
-  return to_status(launch_pack(params, pack_pages(params), stream), "pack");
+  return to_status(launch_pack(batch, pack_pages(params), stream), "pack");
 }
 
-Status query_power(const QueryPowerParams& params, Stream stream) {
+Status query_power(std::span<const QueryPowerParams> batch, Stream stream) {
+  ZC_CHECK(!batch.empty() && batch.size() <= kMaxBatch);
+  const QueryPowerParams& params = batch[0];
   if (Status status =
           check_heads("query power", params.n_heads, params.n_kv_heads, params.head_dim);
       !status) {
     return status;
   }
-  return to_status(launch_query_power(params, stream), "query power");
+  return to_status(launch_query_power(batch, stream), "query power");
 }
 
-Status probe_saliency(const ProbeParams& params, Stream stream) {
+Status probe_saliency(std::span<const ProbeParams> batch, Stream stream) {
+  ZC_CHECK(!batch.empty() && batch.size() <= kMaxBatch);
+  const ProbeParams& params = batch[0];
   if (Status status = check_heads("probe", params.n_heads, params.n_kv_heads, params.head_dim);
       !status) {
     return status;
@@ -235,7 +242,7 @@ Status probe_saliency(const ProbeParams& params, Stream stream) {
   if (params.n_tokens == 0) {
     return ok_status();
   }
-  return to_status(launch_probe(params, stream), "probe");
+  return to_status(launch_probe(batch, stream), "probe");
 }
 
 }  // namespace zipcache::cuda

@@ -54,11 +54,20 @@ int pack_pages(const PackParams& params);
 constexpr std::size_t pack_workspace_words(const PackParams& p) {
   return static_cast<std::size_t>(p.n_kv_heads) * p.head_dim * (2 * p.n_key_sets + 1);
 }
-Status pack(const PackParams& params, Stream stream);
+// REQUIRES of this and the functions below that take a batch: at most kMaxBatch problems, all sizes
+// the same.
+Status pack(std::span<const PackParams> batch, Stream stream);
+inline Status pack(const PackParams& params, Stream stream) { return pack({&params, 1}, stream); }
 
 // --- Saliency ------------------------------------------------------------------------------------
 
-Status probe_saliency(const ProbeParams& params, Stream stream);
-Status query_power(const QueryPowerParams& params, Stream stream);
+Status probe_saliency(std::span<const ProbeParams> batch, Stream stream);
+inline Status probe_saliency(const ProbeParams& params, Stream stream) {
+  return probe_saliency({&params, 1}, stream);
+}
+Status query_power(std::span<const QueryPowerParams> batch, Stream stream);
+inline Status query_power(const QueryPowerParams& params, Stream stream) {
+  return query_power({&params, 1}, stream);
+}
 
 }  // namespace zipcache::cuda

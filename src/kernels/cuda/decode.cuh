@@ -369,17 +369,15 @@ __global__ void __launch_bounds__(decode_threads(kHeadDim), kDecodeBlocksPerSm)
         folded_set = item.set;
       }
       if (cls.value_bits != value_bits) {
-        state.fold_offsets(value_bits, lane);
+        state.change_width(value_bits, cls.value_bits, lane);
         value_bits = cls.value_bits;
-        state.unfold(value_bits);
         tiles_since_fold = 0;
       }
     }
     const int n_tiles = item.n_pages * kTilesPerPage;
     for (int tile = turn.first(warp); tile < n_tiles; tile += kWarps) {
       if (++tiles_since_fold == kFoldTiles) {
-        state.fold_offsets(value_bits, lane);
-        state.unfold(value_bits);
+        state.change_width(value_bits, value_bits, lane);
         tiles_since_fold = 0;
       }
       const int tokens = min(item.n_tokens - tile * kTileTokens, kTileTokens);
@@ -392,7 +390,7 @@ __global__ void __launch_bounds__(decode_threads(kHeadDim), kDecodeBlocksPerSm)
     turn.pass(n_tiles);
 
     if ((item.bits & kItemEndsPart) != 0) {
-      state.fold_offsets(value_bits, lane);
+      state.change_width(value_bits, 0, lane);
       state.apply_factors(factors, lane);
       if ((item.bits & kItemWithTail) != 0 && params.tail_k != nullptr) {
         const int tokens = __ldg(params.tail_tokens + item.row / params.n_kv_heads);

@@ -45,7 +45,7 @@ struct DecodeShared {
 };
 inline constexpr int kRingControlBytes = kMaxRingSlots * 8;
 inline constexpr int kFlagBytes = 64;
-// Floats of the statistics of one operand: [3 kinds][head_dim / 32 chunks][heads].
+// Floats of the statistics of one operand: [3 kinds][heads][head_dim / 32 chunks].
 ZC_HOST_DEVICE constexpr int query_stat_floats(int head_dim) {
   return 3 * (head_dim / 32) * kMaxGroup;
 }

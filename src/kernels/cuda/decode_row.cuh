@@ -90,9 +90,11 @@ struct RowState {
     }
   }
 
-  // acc from the units of width `bits` to plain sums of p * s * (v - z); `side` starts anew.
-  __device__ __forceinline__ void fold_offsets(int bits, int lane) {
-    if (bits == 0) {
+  // acc from the units of width `from` to those of `to`, 0 bits: plain sums of p * s * (v - z).
+  // `side` starts anew. One operation per sum: r is a power of two, so offsets and zeros in the
+  // units of `to` are one number.
+  __device__ __forceinline__ void change_width(int from, int to, int lane) {
+    if (from == 0) {
       return;  // nothing summed yet
     }
 #pragma unroll
@@ -101,26 +103,17 @@ struct RowState {
       const float zeros = __shfl_sync(ptx::kFullWarp, side[e], 4 + (lane & 3));
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
-        const float inverse = 1.0f / value_factor(bits, row);
+        const float inverse = 1.0f / value_factor(from, row);
+        const float factor = to == 0 ? 1.0f : value_factor(to, row);
+        const float scale = inverse * factor, offset = fmaf(weight, inverse, zeros) * factor;
 #pragma unroll
         for (int block = 0; block < kBlocks; ++block) {
           float& a = acc[block][row * 2 + e];
-          a = (a - weight) * inverse - zeros;
+          a = fmaf(a, scale, -offset);
         }
       }
     }
     side[0] = side[1] = 0;
-  }
-  __device__ __forceinline__ void unfold(int bits) {
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      const float factor = value_factor(bits, row);
-#pragma unroll
-      for (int block = 0; block < kBlocks; ++block) {
-        acc[block][row * 2] *= factor;
-        acc[block][row * 2 + 1] *= factor;
-      }
-    }
   }
 
   // Channel factors: acc becomes sums of p * value.

@@ -3,6 +3,9 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
+#include <span>
+
 #include "kernels/cuda/decode_config.h"
 #include "kernels/cuda/params.h"
 
@@ -41,6 +44,22 @@ cudaError_t launch_kernel(void (*kernel)(Expected...), dim3 blocks, int threads,
                              static_cast<Actual&&>(arguments)...);
 }
 
+// What a kernel takes whose blocks with z = n do problem n of a batch.
+template <typename Params>
+struct Batch {
+  Params of[kMaxBatch];
+};
+template <typename... Expected, typename Params, typename... Others>
+cudaError_t launch_batch(bool start_early, void (*kernel)(Expected...), dim3 blocks, int threads,
+                         int shared_bytes, cudaStream_t stream, std::span<const Params> batch,
+                         Others... others) {
+  Batch<Params> all;
+  std::ranges::copy(batch, all.of);
+  blocks.z = static_cast<unsigned>(batch.size());
+  return launch_kernel_early(start_early, kernel, blocks, threads, shared_bytes, stream, all,
+                             others...);
+}
+
 // The decode kernel of one head_dim; instantiated in decode_d*.cu.
 template <int kHeadDim>
 struct DecodeLauncher {
@@ -53,8 +72,8 @@ struct DecodeLauncher {
 // How many blocks an SM holds. launch_prefill() needs it once per device before.
 cudaError_t prepare_prefill(int head_dim, int* blocks_per_sm);
 cudaError_t launch_prefill(const PrefillParams& params, cudaStream_t stream);
-cudaError_t launch_pack(const PackParams& params, int n_pages, cudaStream_t stream);
-cudaError_t launch_query_power(const QueryPowerParams& params, cudaStream_t stream);
-cudaError_t launch_probe(const ProbeParams& params, cudaStream_t stream);
+cudaError_t launch_pack(std::span<const PackParams> batch, int n_pages, cudaStream_t stream);
+cudaError_t launch_query_power(std::span<const QueryPowerParams> batch, cudaStream_t stream);
+cudaError_t launch_probe(std::span<const ProbeParams> batch, cudaStream_t stream);
 
 }  // namespace zipcache::cuda

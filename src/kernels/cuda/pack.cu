@@ -71,7 +71,9 @@ __device__ __forceinline__ uint32_t* value_extremes(const PackParams& p, int hea
 
 // Threads: (head_dim / 8) column groups x rows of the block; each thread has 8 channels. The block
 // meets in shared memory first: one atomic per channel and block on global memory.
-__global__ void __launch_bounds__(kRangeThreads) find_ranges(const __grid_constant__ PackParams p) {
+__global__ void __launch_bounds__(kRangeThreads)
+    find_ranges(const __grid_constant__ Batch<PackParams> batch) {
+  const PackParams& p = batch.of[blockIdx.z];
   // [n_key_sets][2][head_dim], then [head_dim]; as in the workspace, of this head.
   __shared__ uint32_t extremes[(2 * kMaxKeySets + 1) * kMaxHeadDim];
   ptx::let_next_launch_start();
@@ -195,7 +197,8 @@ __device__ __forceinline__ StoredChannel place_channel(const PackParams& p, int 
 }
 
 // One block per head, one thread per channel.
-__global__ void finish_params(const __grid_constant__ PackParams p) {
+__global__ void finish_params(const __grid_constant__ Batch<PackParams> batch) {
+  const PackParams& p = batch.of[blockIdx.z];
   __shared__ float errors[kMaxHeadDim];
   __shared__ int wide[kMaxHeadDim];
   ptx::let_next_launch_start();
@@ -215,7 +218,7 @@ __global__ void finish_params(const __grid_constant__ PackParams p) {
     const bool has_order = p.classes[cls].wide_chunks > 0;
     const int bits = has_order && stored.is_wide ? kWideBits : p.classes[cls].key_bits;
     const float clip = stored.is_wide ? p.wide_clip : p.key_clip[cls];
-    const uint32_t* from = key_extremes(p, head, set) + channel;
+    uint32_t* from = key_extremes(p, head, set) + channel;
     float scale = 1, low = 0;
     if (from[0] != 0) {  // the set has tokens
       const float max = from_ordered(from[0]), min = -from_ordered(from[p.head_dim]);
@@ -223,6 +226,7 @@ __global__ void finish_params(const __grid_constant__ PackParams p) {
       low = min + margin;
       scale = rounded_half(((max - margin) - low) / ((1 << bits) - 1));
       scale = scale > 0 ? scale : 1.0f;
+      from[0] = from[p.head_dim] = 0;
     }
     const int64_t index = static_cast<int64_t>(head) * p.n_key_sets + set;
     HalfBits* to = p.key_sets + index * 2 * p.head_dim + (has_order ? stored.position : channel);
@@ -241,6 +245,7 @@ __global__ void finish_params(const __grid_constant__ PackParams p) {
   // enough that small weights do not vanish there.
   __shared__ float largest[kWarpLanes];
   const uint32_t bits = value_extremes(p, head)[channel];
+  value_extremes(p, head)[channel] = 0;
   const float root = bits != 0 ? sqrtf(from_ordered(bits)) : 0.0f;
   float of_warp = root;
   for (int offset = 16; offset > 0; offset /= 2) {
@@ -517,7 +522,8 @@ __device__ __forceinline__ void pack_values(const PackParams& p, const int64_t (
 
 template <int kHeadDim>
 __global__ void __launch_bounds__(kPackWarps* kWarpLanes, 3)
-    pack_tiles(const __grid_constant__ PackParams p, int n_pages, int n_blocks) {
+    pack_tiles(const __grid_constant__ Batch<PackParams> batch, int n_pages, int n_blocks) {
+  const PackParams& p = batch.of[blockIdx.z];
   ptx::wait_for_launch_before();
   const int lane = threadIdx.x % kWarpLanes;
   // Keys first, then values: blocks that run together should run the same instructions, which do
@@ -616,18 +622,14 @@ __global__ void __launch_bounds__(kPackWarps* kWarpLanes, 3)
 
 }  // namespace
 
-cudaError_t launch_pack(const PackParams& p, int n_pages, cudaStream_t stream) {
-  cudaError_t error =
-      cudaMemsetAsync(p.workspace, 0, pack_workspace_words(p) * sizeof(uint32_t), stream);
-  if (error != cudaSuccess) {
-    return error;
-  }
+cudaError_t launch_pack(std::span<const PackParams> batch, int n_pages, cudaStream_t stream) {
+  const PackParams& p = batch[0];
   const dim3 slabs((p.n_tokens + kSlabSlots - 1) / kSlabSlots, p.n_kv_heads);
-  error = launch_kernel(find_ranges, slabs, kRangeThreads, 0, stream, p);
+  cudaError_t error = launch_batch(false, find_ranges, slabs, kRangeThreads, 0, stream, batch);
   if (error != cudaSuccess) {
     return error;
   }
-  error = launch_kernel_early(true, finish_params, dim3(p.n_kv_heads), p.head_dim, 0, stream, p);
+  error = launch_batch(true, finish_params, dim3(p.n_kv_heads), p.head_dim, 0, stream, batch);
   if (error != cudaSuccess) {
     return error;
   }
@@ -641,10 +643,9 @@ cudaError_t launch_pack(const PackParams& p, int n_pages, cudaStream_t stream) {
   const auto pack_with = [&](auto kernel) {
     const cudaError_t allowed =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    return allowed != cudaSuccess
-               ? allowed
-               : launch_kernel_early(true, kernel, tiles, kPackWarps * kWarpLanes, shared_bytes,
-                                     stream, p, n_pages, n_blocks);
+    return allowed != cudaSuccess ? allowed
+                                  : launch_batch(true, kernel, tiles, kPackWarps * kWarpLanes,
+                                                 shared_bytes, stream, batch, n_pages, n_blocks);
   };
   switch (p.head_dim) {
     case 64:

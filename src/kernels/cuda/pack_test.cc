@@ -110,7 +110,7 @@ Packed run_pack(const PackCase& c) {
   DeviceArray<std::uint8_t> key_orders(std::size_t(c.n_kv_heads) * p.n_key_sets * c.head_dim, 0xff);
   const DeviceArray<float> query_power(packed.query_power);
   DeviceArray<float> factors(std::vector<float>(std::size_t(c.n_kv_heads) * c.head_dim, 2.0f));
-  DeviceArray<std::uint32_t> workspace(pack_workspace_words(p));
+  DeviceArray<std::uint32_t> workspace(pack_workspace_words(p), 0);
   p.k = k.data();
   p.v = v.data();
   p.order = order.data();
@@ -122,8 +122,28 @@ Packed run_pack(const PackCase& c) {
   p.value_factors = factors.data();
   p.workspace = workspace.data();
   EXPECT_EQ(pack_pages(p) * c.n_kv_heads, static_cast<int>(cache.pages.size()));
-  const Status status = pack(p, nullptr);
+  // Of a batch every problem is the same as alone.
+  DeviceArray<std::byte> pool2(pool.size());
+  DeviceArray<Half> key_sets2(key_sets.size());
+  DeviceArray<std::uint8_t> key_orders2(key_orders.size(), 0xff);
+  DeviceArray<float> factors2(factors.to_host());
+  DeviceArray<std::uint32_t> workspace2(workspace.size(), 0);
+  PackParams second = p;
+  second.pool = reinterpret_cast<std::uint8_t*>(pool2.data());
+  second.key_sets = key_sets2.data();
+  second.key_orders = c.n_wide() > 0 ? key_orders2.data() : nullptr;
+  second.value_factors = factors2.data();
+  second.workspace = workspace2.data();
+  const PackParams batch[] = {p, second};
+  const Status status = pack(std::span(batch, n <= 300 ? 2 : 1), nullptr);
   EXPECT_TRUE(status) << (status ? "" : status.error().message);
+  if (n <= 300) {
+    EXPECT_EQ(pool.to_host(), pool2.to_host());
+    EXPECT_EQ(key_sets.to_host(), key_sets2.to_host());
+    EXPECT_EQ(key_orders.to_host(), key_orders2.to_host());
+    EXPECT_EQ(factors.to_host(), factors2.to_host());
+  }
+  EXPECT_EQ(workspace.to_host(), std::vector<std::uint32_t>(workspace.size(), 0));
   cache.pool = pool.to_host();
   cache.key_sets = key_sets.to_host();
   cache.key_orders = key_orders.to_host();

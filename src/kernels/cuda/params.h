@@ -149,6 +149,8 @@ struct PrefillParams {
 };
 
 inline constexpr int kMaxKeySets = 4;
+// Layers that one launch serves: problems of one shape, each with pointers of its own.
+inline constexpr int kMaxBatch = 8;
 
 // Quantizes tokens of one sequence into pages. Slots are tokens in class order: first those of page
 // class 0, and so on; every head has the same counts. Pages of a class start on a fresh page.
@@ -184,7 +186,7 @@ struct PackParams {
   HalfBits* key_sets = nullptr;        // [n_kv_heads, n_key_sets, 2, head_dim]
   std::uint8_t* key_orders = nullptr;  // [n_kv_heads, n_key_sets, head_dim]; as in DecodeParams
   float* value_factors = nullptr;      // [n_kv_heads, head_dim]
-  std::uint32_t* workspace = nullptr;  // pack_workspace_words() words
+  std::uint32_t* workspace = nullptr;  // pack_workspace_words() words, zero; left zero
 };
 
 // Column sums of the attention weights of probe rows (paper section 4.3): for every KV head and

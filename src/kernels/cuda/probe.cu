@@ -143,7 +143,10 @@ struct KeyProduct {
 
 template <int kHeadDim>
 __global__ void __launch_bounds__(kProbeThreads, kHeadDim == 256 ? 1 : 2)
-    probe_kernel(const __grid_constant__ ProbeParams p) {
+    probe_kernel(const __grid_constant__ Batch<ProbeParams> batch) {
+  // Sizes and positions are those of all: named by the first, they are operands, not registers.
+  const ProbeParams& p = batch.of[0];
+  const ProbeParams& own = batch.of[blockIdx.z];
   uint8_t* const shared = ptx::dynamic_shared();
   const int warp = threadIdx.x / kWarpLanes, lane = threadIdx.x % kWarpLanes;
   const int g = lane >> 2, i = lane & 3;
@@ -156,7 +159,7 @@ __global__ void __launch_bounds__(kProbeThreads, kHeadDim == 256 ? 1 : 2)
 #pragma unroll
   for (int n = 0; n < kWarpKeys / 8; ++n) {
     const int64_t token = min(first_key + n * 8 + g, p.n_tokens - 1);
-    product.load(p.k + token * p.token_stride + static_cast<int64_t>(kv_head) * kHeadDim, n, lane);
+    product.load(own.k + token * p.token_stride + static_cast<int64_t>(kv_head) * kHeadDim, n, lane);
   }
 
   constexpr int kUnits = kHeadDim / 8;
@@ -168,7 +171,7 @@ __global__ void __launch_bounds__(kProbeThreads, kHeadDim == 256 ? 1 : 2)
   const int own_unit = threadIdx.x % kUnits, own_row = threadIdx.x / kUnits;
   const int own_probe = own_row / group;
   const HalfBits* own_q =
-      p.q + static_cast<int64_t>(kv_head * group + own_row % group) * kHeadDim + own_unit * 8;
+      own.q + static_cast<int64_t>(kv_head * group + own_row % group) * kHeadDim + own_unit * 8;
   const auto fetch = [&](int tile, int stage) {
     const uint32_t to = ptx::shared_address(shared) + stage * stage_bytes(kHeadDim);
     int probe = own_probe, row = own_row;  // of the tile
@@ -183,7 +186,7 @@ __global__ void __launch_bounds__(kProbeThreads, kHeadDim == 256 ? 1 : 2)
       float2 about = {INFINITY, __int_as_float(0x7fffffff)};  // a weight of zero
       if (tile * tile_probes + of_tile < p.n_probes && of_tile < tile_probes) {
         const int64_t at = tile * tile_probes + of_tile;
-        about.x = __ldg(p.lse + at * p.n_heads + kv_head * group + threadIdx.x % group);
+        about.x = __ldg(own.lse + at * p.n_heads + kv_head * group + threadIdx.x % group);
         about.y = __int_as_float(__ldg(p.positions + at));
       }
       columns[stage * kTileColumns + threadIdx.x] = about;
@@ -260,14 +263,14 @@ __global__ void __launch_bounds__(kProbeThreads, kHeadDim == 256 ? 1 : 2)
     const int token = first_key + n * 8 + g;
     if (i == 0 && token < p.n_tokens) {
       const int n_seeing = p.n_probes - first_seeing(p, token);
-      p.saliency[static_cast<int64_t>(kv_head) * p.n_tokens + token] =
+      own.saliency[static_cast<int64_t>(kv_head) * p.n_tokens + token] =
           n_seeing > 0 ? sums[n] / static_cast<float>(n_seeing * group) : 0.0f;
     }
   }
 }
 
 template <int kHeadDim>
-cudaError_t launch(const ProbeParams& p, cudaStream_t stream) {
+cudaError_t launch(std::span<const ProbeParams> batch, cudaStream_t stream) {
   const cudaError_t error =
       cudaFuncSetAttribute(probe_kernel<kHeadDim>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                            probe_shared_bytes(kHeadDim));
@@ -275,21 +278,21 @@ cudaError_t launch(const ProbeParams& p, cudaStream_t stream) {
     return error;
   }
   // The first keys are seen by the most probes: the longest blocks start first.
-  const dim3 grid(p.n_kv_heads, (p.n_tokens + kBlockKeys - 1) / kBlockKeys);
-  return launch_kernel(probe_kernel<kHeadDim>, grid, kProbeThreads, probe_shared_bytes(kHeadDim),
-                       stream, p);
+  const dim3 grid(batch[0].n_kv_heads, (batch[0].n_tokens + kBlockKeys - 1) / kBlockKeys);
+  return launch_batch(false, probe_kernel<kHeadDim>, grid, kProbeThreads,
+                      probe_shared_bytes(kHeadDim), stream, batch);
 }
 
 }  // namespace
 
-cudaError_t launch_probe(const ProbeParams& p, cudaStream_t stream) {
-  switch (p.head_dim) {
+cudaError_t launch_probe(std::span<const ProbeParams> batch, cudaStream_t stream) {
+  switch (batch[0].head_dim) {
     case 64:
-      return launch<64>(p, stream);
+      return launch<64>(batch, stream);
     case 128:
-      return launch<128>(p, stream);
+      return launch<128>(batch, stream);
     default:
-      return launch<256>(p, stream);
+      return launch<256>(batch, stream);
   }
 }
 

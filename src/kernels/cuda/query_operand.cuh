@@ -63,7 +63,7 @@ class QueryOperand {
  private:
   static constexpr int kWords = kChunks * kWarpLanes;
   static constexpr int kStats = query_stat_floats(kHeadDim);
-  static constexpr int kKind = kChunks * kMaxGroup;  // of the statistics: [kind][chunk][head]
+  static constexpr int kKind = kChunks * kMaxGroup;  // of the statistics: [kind][head][chunk]
 
   __device__ __forceinline__ float log2_scale() const { return params_.scale * 1.44269504088896f; }
   __device__ __forceinline__ int group() const { return params_.n_heads / params_.n_kv_heads; }
@@ -128,7 +128,7 @@ class QueryOperand {
       minimum += __shfl_xor_sync(ptx::kFullWarp, minimum, 1);
       minimum += __shfl_xor_sync(ptx::kFullWarp, minimum, 2);
       if (i == 0) {
-        float* to = stats(unit / kChunks) + chunk * kMaxGroup + head;
+        float* to = stats(unit / kChunks) + head * kChunks + chunk;
         to[kLargest] = of_all;
         to[kMinima] = minimum;
       }
@@ -152,7 +152,7 @@ class QueryOperand {
       sum += __shfl_xor_sync(ptx::kFullWarp, sum, 1);
       sum += __shfl_xor_sync(ptx::kFullWarp, sum, 2);
       if (i == 0) {
-        of_fold[kSums + chunk * kMaxGroup + head] = sum;
+        of_fold[kSums + head * kChunks + chunk] = sum;
       }
     }
     __syncthreads();
@@ -163,11 +163,9 @@ class QueryOperand {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const int of = (lane & 3) * 2 + e, field = norm_field(of_fold, of);
-      float minimum = 0, sum = 0;
-      for (int chunk = 0; chunk < kChunks; ++chunk) {
-        minimum += of_fold[kMinima + chunk * kMaxGroup + of];
-        sum += of_fold[kSums + chunk * kMaxGroup + of];
-      }
+      const auto plus = [](float x, float y) { return x + y; };
+      const float minimum = over_chunks(of_fold + kMinima + of * kChunks, plus);
+      const float sum = over_chunks(of_fold + kSums + of * kChunks, plus);
       // The offset comes from the rounded operand, so it cancels exactly.
       const float offset = keys.set == FoldKeys::kTail ? 0.0f : kKeyOffset * sum;
       start[e] =
@@ -190,12 +188,21 @@ class QueryOperand {
     };
     return {pair(at.x), pair(at.x >> 16), pair(at.y), pair(at.y >> 16)};
   }
+  // All chunks of a head's statistics, two at a time.
+  template <typename Combine>
+  __device__ __forceinline__ static float over_chunks(const float* of_head, Combine combine) {
+    float all = 0;
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks; chunk += 2) {
+      const float2 pair = *reinterpret_cast<const float2*>(of_head + chunk);
+      all = combine(combine(all, pair.x), pair.y);
+    }
+    return all;
+  }
   // norm = 2^k such that the largest operand is in [512, 1024): its exponent field is 127 + 9.
   __device__ __forceinline__ static int norm_field(const float* of_fold, int head) {
-    float of_all = 0;
-    for (int chunk = 0; chunk < kChunks; ++chunk) {
-      of_all = fmaxf(of_all, of_fold[kLargest + chunk * kMaxGroup + head]);
-    }
+    const float of_all = over_chunks(of_fold + kLargest + head * kChunks,
+                                     [](float x, float y) { return fmaxf(x, y); });
     const int field = __float_as_int(of_all) >> 23;
     return of_all > 0 ? min(max(127 + 127 + 9 - field, 1), 253) : 127;
   }

@@ -13,7 +13,8 @@ constexpr int kPairs = 8;  // of channels
 constexpr int kRows = kThreads / kPairs;
 
 __global__ void __launch_bounds__(kThreads)
-    query_power_kernel(const __grid_constant__ QueryPowerParams p) {
+    query_power_kernel(const __grid_constant__ Batch<QueryPowerParams> batch) {
+  const QueryPowerParams& p = batch.of[blockIdx.z];
   __shared__ float2 sums[kRows][kPairs];
   const int pair = threadIdx.x % kPairs, own = threadIdx.x / kPairs;
   const int kv_head = blockIdx.y, group = p.n_heads / p.n_kv_heads;
@@ -56,9 +57,9 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-cudaError_t launch_query_power(const QueryPowerParams& p, cudaStream_t stream) {
-  return launch_kernel(query_power_kernel, dim3(p.head_dim / (2 * kPairs), p.n_kv_heads), kThreads,
-                       0, stream, p);
+cudaError_t launch_query_power(std::span<const QueryPowerParams> batch, cudaStream_t stream) {
+  const dim3 blocks(batch[0].head_dim / (2 * kPairs), batch[0].n_kv_heads);
+  return launch_batch(false, query_power_kernel, blocks, kThreads, 0, stream, batch);
 }
 
 }  // namespace zipcache::cuda

@@ -2,6 +2,7 @@
 
 #include <string>
 
+#include "base/check.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/window_kernels.h"
@@ -51,7 +52,9 @@ __global__ void __launch_bounds__(kHeadThreads)
   }
 }
 
-__global__ void __launch_bounds__(kThreads) move_kernel(const __grid_constant__ MoveParams p) {
+__global__ void __launch_bounds__(kThreads)
+    move_kernel(const __grid_constant__ Batch<MoveParams> batch) {
+  const MoveParams& p = batch.of[blockIdx.z];
   const int64_t from = p.from[blockIdx.x] * p.source.token_stride;
   const int64_t to = p.to[blockIdx.x] * p.target.token_stride;
   const int units = p.head_dim / 8;
@@ -79,7 +82,9 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // A token's rank is the number of tokens before it: n^2 comparisons are nothing for a block of 512.
-__global__ void __launch_bounds__(kThreads) rank_kernel(const __grid_constant__ RankParams p) {
+__global__ void __launch_bounds__(kThreads)
+    rank_kernel(const __grid_constant__ Batch<RankParams> batch) {
+  const RankParams& p = batch.of[blockIdx.z];
   __shared__ float scores[kMaxRankTokens];
   const int head = blockIdx.y;
   for (int n = threadIdx.x; n < p.n_tokens; n += kThreads) {
@@ -110,17 +115,28 @@ __global__ void __launch_bounds__(kPageTokens)
           : -1;
 }
 
+Status to_status(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) {
+    return unsupported(std::string("cuda ") + what + ": " + cudaGetErrorString(error));
+  }
+  return ok_status();
+}
 template <typename Params>
 Status run(void (*kernel)(Params), dim3 blocks, int threads, const Params& params, Stream stream,
            const char* what) {
   if (blocks.x == 0 || blocks.y == 0) {
     return ok_status();
   }
-  const cudaError_t error = launch_kernel(kernel, blocks, threads, 0, stream, params);
-  if (error != cudaSuccess) {
-    return unsupported(std::string("cuda ") + what + ": " + cudaGetErrorString(error));
+  return to_status(launch_kernel(kernel, blocks, threads, 0, stream, params), what);
+}
+template <typename Params>
+Status run(void (*kernel)(Batch<Params>), dim3 blocks, int threads, std::span<const Params> batch,
+           Stream stream, const char* what) {
+  ZC_CHECK(!batch.empty() && batch.size() <= kMaxBatch);
+  if (blocks.x == 0 || blocks.y == 0) {
+    return ok_status();
   }
-  return ok_status();
+  return to_status(launch_batch(false, kernel, blocks, threads, 0, stream, batch), what);
 }
 
 }  // namespace
@@ -135,21 +151,22 @@ Status ingest(const IngestParams& p, Stream stream) {
              stream, "ingest");
 }
 
-Status move_rows(const MoveParams& p, Stream stream) {
-  return run(move_kernel, dim3(p.n_tokens), kThreads, p, stream, "move rows");
+Status move_rows(std::span<const MoveParams> batch, Stream stream) {
+  return run(move_kernel, dim3(batch[0].n_tokens), kThreads, batch, stream, "move rows");
 }
 
 Status gather_probes(const GatherProbesParams& p, Stream stream) {
   return run(gather_probes_kernel, dim3(p.n_probes), kThreads, p, stream, "gather probes");
 }
 
-Status rank_tokens(const RankParams& p, Stream stream) {
+Status rank_tokens(std::span<const RankParams> batch, Stream stream) {
+  const RankParams& p = batch[0];
   if (p.n_tokens > kMaxRankTokens) {
     return unsupported("cuda rank: required " + std::to_string(p.n_tokens) +
                        " tokens in a block, supported up to " + std::to_string(kMaxRankTokens));
   }
-  return run(rank_kernel, dim3((p.n_tokens + kThreads - 1) / kThreads, p.n_kv_heads), kThreads, p,
-             stream, "rank");
+  return run(rank_kernel, dim3((p.n_tokens + kThreads - 1) / kThreads, p.n_kv_heads), kThreads,
+             batch, stream, "rank");
 }
 
 Status list_page_cells(const PageCellsParams& p, Stream stream) {

@@ -62,7 +62,11 @@ struct MoveParams {
   const std::int32_t* from = nullptr;
   const std::int32_t* to = nullptr;
 };
-Status move_rows(const MoveParams& params, Stream stream);
+// A batch: see pack().
+Status move_rows(std::span<const MoveParams> batch, Stream stream);
+inline Status move_rows(const MoveParams& params, Stream stream) {
+  return move_rows({&params, 1}, stream);
+}
 
 // Query rows of a step as the probes of probe_saliency().
 struct GatherProbesParams {
@@ -90,7 +94,10 @@ struct RankParams {
   std::int64_t kept_stride = 0;
 };
 inline constexpr int kMaxRankTokens = 4096;
-Status rank_tokens(const RankParams& params, Stream stream);
+Status rank_tokens(std::span<const RankParams> batch, Stream stream);
+inline Status rank_tokens(const RankParams& params, Stream stream) {
+  return rank_tokens({&params, 1}, stream);
+}
 
 // A page of a launch's list: where its ranks and the cells of its block are.
 struct PageSource {
