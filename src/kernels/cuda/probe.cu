@@ -159,7 +159,8 @@ __global__ void __launch_bounds__(kProbeThreads, kHeadDim == 256 ? 1 : 2)
 #pragma unroll
   for (int n = 0; n < kWarpKeys / 8; ++n) {
     const int64_t token = min(first_key + n * 8 + g, p.n_tokens - 1);
-    product.load(own.k + token * p.token_stride + static_cast<int64_t>(kv_head) * kHeadDim, n, lane);
+    product.load(own.k + token * p.token_stride + static_cast<int64_t>(kv_head) * kHeadDim, n,
+                 lane);
   }
 
   constexpr int kUnits = kHeadDim / 8;
