@@ -46,7 +46,8 @@ def decode():
 def ceilings():
     rows = [[f"{r['bench']} {r['shape']}", f"{r['seconds'] * 1e6:.1f}",
              f"{r['bytes_per_s'] / 1e9:.0f}"]
-            for r in read("cuda_decode.jsonl") if r["bench"] in ("read", "copy")]
+            for r in read("cuda_decode.jsonl")
+            if r["bench"] in ("read", "copy", "decode fp16 ours")]
     rows += [[f"{r['bench']} {r['shape']}", f"{r['seconds'] * 1e6:.1f}",
               f"{r['bytes_per_s'] / 1e9:.0f}"]
              for r in read("cuda_peers.jsonl") if r["bench"].startswith("decode")]

@@ -43,6 +43,8 @@ void bench_ceilings(Report& report, int n_samples);  // sets the report's ceilin
 void bench_decode(const Report& report, const Shape& shape, int n_samples);
 // `n_queries` tokens at the end of the sequence, in fp16 rows, after its packed tokens.
 void bench_prefill(const Report& report, const Shape& shape, int n_queries, int n_samples);
+// One query over fp16 rows, by the same kernel: what a cache without codes takes here.
+void bench_fp16_rows(const Report& report, const std::string& name, int n_tokens, int n_samples);
 void bench_pack(const Report& report, const Shape& shape, int n_samples);
 void bench_probe(const Report& report, const Shape& shape, int n_probes, int n_samples);
 

@@ -76,6 +76,12 @@ int main(int argc, char** argv) {
       bench_decode(report, shape, n_samples);
     }
   }
+  if (wanted("fp16 rows")) {
+    for (const auto& [name, tokens] :
+         {std::pair{"B1 4k", 4096}, std::pair{"B1 32k", 32768}, std::pair{"B1 128k", 131072}}) {
+      bench_fp16_rows(report, name, tokens, n_samples);
+    }
+  }
   if (wanted("prefill")) {
     for (const auto& [name, tokens, n_probes] :
          {std::tuple{"32k", 32768, 512}, std::tuple{"4k", 4096, 204}}) {

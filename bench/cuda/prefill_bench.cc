@@ -124,6 +124,44 @@ void bench_prefill(const Report& report, const Shape& shape, int n_queries, int 
               terms_per_second(pairs, d, 2, t) + ", " + std::to_string(p.n_splits) + " parts");
 }
 
+void bench_fp16_rows(const Report& report, const std::string& name, int n_tokens, int n_samples) {
+  Shape shape;
+  shape.tokens = n_tokens;
+  const std::int64_t token = std::int64_t{shape.n_kv_heads} * shape.head_dim;
+  const std::int64_t size = token * n_tokens;
+  // As many copies as keep the L2 cache cold.
+  const int n_copies = static_cast<int>(std::max<std::int64_t>((1 << 28) / size, 3));
+  const DeviceBuffer<HalfBits> k = random_rows(shape, n_copies, 8),
+                               v = random_rows(shape, n_copies, 9);
+  const std::size_t q_size = std::size_t(shape.n_heads) * shape.head_dim;
+  const DeviceBuffer<float> q(q_size), out(q_size);
+  fill_normal(q.data(), q_size, 10);
+  PrefillParams p;
+  p.n_queries = 1;
+  p.n_kv_heads = shape.n_kv_heads;
+  p.n_heads = shape.n_heads;
+  p.head_dim = shape.head_dim;
+  p.scale = 1 / std::sqrt(float(shape.head_dim));
+  p.q = q.data();
+  p.q_query_stride = std::int64_t{shape.n_heads} * shape.head_dim;
+  p.q_head_stride = shape.head_dim;
+  p.out = out.data();
+  p.n_dense = n_tokens;
+  p.dense_token_stride = token;
+  p.dense_head_stride = shape.head_dim;
+  p.n_splits = prefill_splits(p, n_tokens, require_ok(prefill_resident_blocks(shape.head_dim)));
+  const DeviceBuffer<float> partials(prefill_partial_floats(p));
+  const DeviceBuffer<std::uint32_t> tickets(std::vector<std::uint32_t>(prefill_tickets(p), 0));
+  p.partials = partials.data();
+  p.tickets = tickets.data();
+  const Timing t = time_graph(n_copies, n_samples, [&](int copy, cudaStream_t stream) {
+    p.dense_k = k.data() + copy * size;
+    p.dense_v = v.data() + copy * size;
+    require_ok(prefill(p, stream));
+  });
+  report.line("decode fp16 ours", name, double(size) * 4, t);
+}
+
 void bench_pack(const Report& report, const Shape& shape, int n_samples) {
   const PageLayout layout(shape);
   const DeviceBuffer<HalfBits> k = random_rows(shape, kPromptCopies, 8),
