@@ -33,6 +33,36 @@ def line(x1, y1, x2, y2, color="#ddd", width=1):
             f'stroke-width="{width}"/>')
 
 
+def label(policy):
+    """A policy in few words: "policy=kivi,key-bits=2,value-bits=2" is "kivi 2 bits"."""
+    parts = [part for part in policy.removeprefix("policy=").split(",")
+             if not part.startswith("calibration=")]
+    widths = {part.split("=")[1] for part in parts if part.startswith(("key-bits=", "value-bits="))}
+    if len(widths) == 1:
+        parts = [part for part in parts if not part.startswith(("key-bits=", "value-bits="))]
+        parts[0] += f" {widths.pop()} bits"
+    return ",".join(parts)
+
+
+def place_labels(points):
+    """points: (x, y, policy). One label per policy, right of its points or, near the edge, left of
+    them; lower where it would lie on another."""
+    placed = []
+    for policy in dict.fromkeys(policy for _, _, policy in points):
+        xs, ys = zip(*((x, y) for x, y, of in points if of == policy))
+        words = label(policy)
+        width = 6.5 * len(words)
+        left = max(xs) + 8 + width > WIDTH - RIGHT
+        begin = min(xs) - 8 - width if left else max(xs) + 8
+        placed.append([sum(ys) / len(ys) + 4, begin, begin + width, words])
+    placed.sort()
+    for index, one in enumerate(placed):
+        for other in placed[:index]:
+            if one[1] < other[2] and other[1] < one[2] and abs(one[0] - other[0]) < 14:
+                one[0] = other[0] + 14
+    return [(begin, y, words) for y, begin, _, words in placed]
+
+
 def divergence_over_bits(records, title):
     """records: one per policy and series, with policy, series, bits_per_element, kld_mean."""
     points = [r for r in records if r["kld_mean"] > 0 and r["bits_per_element"] < 16]
@@ -68,9 +98,9 @@ def divergence_over_bits(records, title):
         for r in (r for r in points if r["series"] == name):
             cx, cy = x(r["bits_per_element"]), y(r["kld_mean"])
             parts.append(f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="4" fill="{color}"/>')
-            near_the_right = cx > WIDTH - 160
-            parts.append(text(cx + (-8 if near_the_right else 8), cy - 6, r["policy"],
-                              "end" if near_the_right else "start", color))
+    for begin, baseline, words in place_labels(
+            [(x(r["bits_per_element"]), y(r["kld_mean"]), r["policy"]) for r in points]):
+        parts.append(text(begin, baseline, words, "start"))
     return "\n".join(parts + ["</svg>"]) + "\n"
 
 

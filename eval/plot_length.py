@@ -40,7 +40,7 @@ def log_log(lines, x_label, y_label):
         parts.append(line(LEFT, y, WIDTH - RIGHT, y))
         parts.append(text(LEFT - 8, y + 4, f"{tick:g}", "end"))
     parts.append(text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, x_label))
-    parts.append(text(LEFT, TOP - 8, y_label))
+    parts.append(text(8, TOP - 8, y_label, "start"))
     for index, (name, points) in enumerate(lines.items()):
         color = COLORS[index % len(COLORS)]
         way = " ".join(f"{place_x(x):.1f},{place_y(y):.1f}" for x, y in points)

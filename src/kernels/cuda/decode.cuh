@@ -310,7 +310,8 @@ __device__ __forceinline__ void store_token(const DecodeParams& params, int row,
       store.ring_q[first * kHeadDim + n] = to_half(__ldg(q + n));
     }
   }
-  if (lse_slot >= 0 && threadIdx.x < group) {  // this launch's lse comes when all parts have ended
+  if (lse_slot >= 0 &&
+      static_cast<int>(threadIdx.x) < group) {  // this launch's lse comes when all parts have ended
     const int at_head = head * group + threadIdx.x;
     store.ring_lse[(static_cast<int64_t>(sequence) * store.ring + lse_slot) * params.n_heads +
                    at_head] = params.lse[static_cast<int64_t>(sequence) * params.n_heads + at_head];
