@@ -176,10 +176,8 @@ void run(dim3 grid, dim3 threads, std::size_t shared_bytes, const std::function<
   Block storage;
   block = &storage;
   std::vector<dim3> blocks;
-  for (unsigned y = 0; y < grid.y; ++y) {
-    for (unsigned x = 0; x < grid.x; ++x) {
-      blocks.emplace_back(x, y, 0);
-    }
+  for (unsigned n = 0; n < grid.x * grid.y * grid.z; ++n) {
+    blocks.emplace_back(n % grid.x, n / grid.x % grid.y, n / grid.x / grid.y);
   }
   for (std::size_t at = blocks.size() - 1; at > 0 && at < blocks.size(); --at) {
     std::swap(blocks[at], blocks[random.below(static_cast<std::uint32_t>(at + 1))]);
