@@ -171,8 +171,8 @@ TEST(Plan, LongRowsInWholePieces) {
   // And of each class an equal share.
   for (int block = 0; block < plan.n_blocks; ++block) {
     const WorkItem& first = plan.items[block];
-    ASSERT_NEAR(first.n_pages, 512 * 6 / 10 / 4, 1);
-    ASSERT_NEAR(plan.items[first.next].n_pages, 512 * 4 / 10 / 4, 4);  // one has the tail too
+    ASSERT_NEAR(first.n_pages, 512 * 0.6 / 4, 1);
+    ASSERT_NEAR(plan.items[first.next].n_pages, 512 * 0.4 / 4, 4);  // one has the tail too
     ASSERT_EQ(plan.items[first.next].partial, first.partial);
   }
 }
