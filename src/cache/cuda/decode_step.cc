@@ -214,7 +214,7 @@ Status DeviceCache::seal_decoded(std::size_t n, Stream stream) {
       probes[lane].q = ring_q_.layer<HalfBits>(first + lane) + at * query;
       probes[lane].lse = ring_lse_.layer<float>(first + lane) + at * in_.n_heads;
     }
-    ZC_TRY(keep(layers, n, scale_, std::span<const ProbeParams>(probes).first(layers.n), stream));
+    ZC_TRY(keep(layers, n, scale_, layers.of(probes), stream));
   }
   return ok_status();
 }

@@ -68,7 +68,7 @@ Status DeviceCache::gather(const LayerBatch& layers, std::size_t n, Stream strea
                    .from = sent<std::int32_t>(at_[n].gather_from),
                    .to = sent<std::int32_t>(at_[n].gather_to)};
   }
-  return move_rows(std::span<const MoveParams>(batch).first(layers.n), stream);
+  return move_rows(layers.of(batch), stream);
 }
 
 float* DeviceCache::power_of_queries(std::uint32_t index, std::uint32_t of_stream) const {

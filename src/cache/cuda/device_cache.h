@@ -11,6 +11,7 @@
 // Not thread-safe. All work goes to the stream that is given.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -116,6 +117,11 @@ class DeviceCache {
   struct LayerBatch {
     std::uint32_t first = 0, n = 1;
     std::size_t window = 0;
+
+    template <typename Params>
+    std::span<const Params> of(const std::array<Params, kMaxBatch>& by_lane) const {
+      return std::span(by_lane).first(n);
+    }
   };
 
   Expected<Step> read_step(const StepTensors& in, Stream stream);

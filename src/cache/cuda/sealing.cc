@@ -27,8 +27,7 @@ Expected<bool> DeviceCache::add_query_power(const LayerBatch& layers, const Stre
     p.add = s.adds_query_power;
     p.power = power_of_queries(layers.first + lane, s.stream);
   }
-  if (Status ok = query_power(std::span<const QueryPowerParams>(batch).first(layers.n), stream);
-      !ok) {
+  if (Status ok = query_power(layers.of(batch), stream); !ok) {
     return ok.error();
   }
   return true;
@@ -96,7 +95,7 @@ Status DeviceCache::keep(const LayerBatch& layers, std::size_t n, float scale,
                    .from = sent<std::int32_t>(at_[n].keep_from),
                    .to = sent<std::int32_t>(at_[n].keep_to)};
   }
-  return move_rows(std::span<const MoveParams>(batch).first(layers.n), stream);
+  return move_rows(layers.of(batch), stream);
 }
 
 Status DeviceCache::find_saliency(const LayerBatch& layers, std::size_t n, float scale,
@@ -125,8 +124,7 @@ Status DeviceCache::find_saliency(const LayerBatch& layers, std::size_t n, float
     probes.positions = sent<std::int32_t>(at_[n].probe_positions);
     probes.saliency = saliency;
   }
-  return ranks ? probe_saliency(std::span<const ProbeParams>(batch).first(layers.n), stream)
-               : ok_status();
+  return ranks ? probe_saliency(layers.of(batch), stream) : ok_status();
 }
 
 // The i-th block that the n-th stream of the step seals.
@@ -162,8 +160,8 @@ Status DeviceCache::seal(const LayerBatch& layers, std::size_t n, std::size_t i,
     p.query_power = has_power ? power_of_queries(index, s.stream) : nullptr;
     p.keep_factors = !seal.is_first;
   }
-  ZC_TRY(rank_tokens(std::span<const RankParams>(ranks).first(layers.n), stream));
-  return pack(std::span<const PackParams>(packs).first(layers.n), stream);
+  ZC_TRY(rank_tokens(layers.of(ranks), stream));
+  return pack(layers.of(packs), stream);
 }
 
 }  // namespace zipcache::cuda
