@@ -159,9 +159,13 @@ std::shared_ptr<const format::BlockLayout> LayerCache::layout_for(const format::
       return layout;
     }
   }
-  std::erase_if(layouts_, [](const auto& layout) { return layout.use_count() == 1; });
+  drop_unused_layouts();
   layouts_.push_back(std::make_shared<const format::BlockLayout>(shape));
   return layouts_.back();
+}
+
+void LayerCache::drop_unused_layouts() {
+  std::erase_if(layouts_, [](const auto& layout) { return layout.use_count() == 1; });
 }
 
 Expected<LayerCache::Slot> LayerCache::stage(std::uint32_t cell) {

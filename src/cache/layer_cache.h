@@ -165,6 +165,12 @@ class LayerCache {
   };
   Status seal(std::span<const Slot> slots, const SealAs& as, std::span<const std::uint8_t> tiers,
               TaskTeam* team = nullptr);
+  // Packs staged tokens into a block that is there, behind its own and on its grids; `added`: their
+  // shape alone, `tiers` as in seal(). REQUIRES: format::joined_shape() has a shape, all tokens of
+  // the block are alive, and the new ones' cells come after its last one.
+  Status append(std::uint32_t segment, std::span<const Slot> slots, const format::BlockShape& added,
+                std::uint32_t end_ordinal, std::span<const std::uint8_t> tiers,
+                TaskTeam* team = nullptr);
   // Quantizes the values of a block that held them exact; `value` is their format from now on.
   Status seal_values(std::uint32_t segment, const format::TensorFormat& value);
   // Evicts a staged token for all heads: its cell holds nothing, but counts as a live token.
@@ -196,6 +202,7 @@ class LayerCache {
   void release(std::uint32_t cell);
   void free_segment(std::uint32_t segment);
   std::shared_ptr<const format::BlockLayout> layout_for(const format::BlockShape& shape);
+  void drop_unused_layouts();
   StagingPage::Shape page_shape(std::uint32_t capacity, bool packed) const;
   std::size_t new_page_bytes() const { return page_shape(kPageTokens, false).bytes(); }
   std::uint32_t fitting(std::uint32_t n_tokens) const;
@@ -214,6 +221,17 @@ class LayerCache {
   void read_staged(const Slot& slot, Tensor tensor, float* row) const {
     segments_[slot.segment].page->read(tensor, slot.index, row);
   }
+  struct Gathered {
+    std::vector<std::uint32_t> cells;  // ascending: the order of the others
+    std::vector<std::uint8_t> tiers;
+    std::unique_ptr<float[]> keys, values;
+    std::size_t n_keys = 0, n_values = 0;
+    std::span<const float> key_rows() const { return {keys.get(), n_keys}; }
+    std::span<const float> value_rows() const { return {values.get(), n_values}; }
+  };
+  Gathered gather(std::span<const Slot> slots, std::span<const std::uint8_t> tiers,
+                  TaskTeam* team) const;
+  void move_cells(std::span<const std::uint32_t> cells, std::uint32_t segment);
   // Row i of both is that of slots[order[i]].
   void read_staged(std::span<const Slot> slots, std::span<const std::uint32_t> order, float* keys,
                    float* values, TaskTeam* team) const;

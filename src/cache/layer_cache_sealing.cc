@@ -6,10 +6,51 @@
 #include "base/check.h"
 #include "cache/errors.h"
 #include "cache/layer_cache.h"
+#include "format/block_join.h"
 #include "format/block_subset.h"
 #include "quant/block_codec.h"
 
 namespace zipcache::cache {
+
+// Staged tokens in ascending cells, out of their pages.
+LayerCache::Gathered LayerCache::gather(std::span<const Slot> slots,
+                                        std::span<const std::uint8_t> tiers, TaskTeam* team) const {
+  const std::size_t n = slots.size();
+  const auto cell_of = [this](const Slot& slot) {
+    return segments_[slot.segment].page->cells[slot.index];
+  };
+  std::vector<std::uint32_t> order(n);  // token of the block -> slots[]
+  std::iota(order.begin(), order.end(), 0u);
+  std::sort(order.begin(), order.end(), [&](std::uint32_t a, std::uint32_t b) {
+    return cell_of(slots[a]) < cell_of(slots[b]);
+  });
+  Gathered out;
+  out.n_keys = n * shape_.key_row;
+  out.n_values = n * shape_.value_row;
+  out.keys = std::make_unique_for_overwrite<float[]>(out.n_keys);
+  out.values = std::make_unique_for_overwrite<float[]>(out.n_values);
+  out.cells.resize(n);
+  out.tiers.resize(tiers.size());
+  for (std::size_t token = 0; token < n; ++token) {
+    out.cells[token] = cell_of(slots[order[token]]);
+    for (std::size_t head = 0; head * n < tiers.size(); ++head) {
+      out.tiers[head * n + token] = tiers[head * n + order[token]];
+    }
+  }
+  read_staged(slots, order, out.keys.get(), out.values.get(), team);
+  return out;
+}
+
+// From staging into a block: they are sealed now.
+void LayerCache::move_cells(std::span<const std::uint32_t> cells, std::uint32_t segment) {
+  for (const std::uint32_t cell : cells) {
+    release(cell);
+  }
+  for (const std::uint32_t cell : cells) {
+    set_owner(cell, static_cast<std::uint16_t>(segment));
+  }
+  n_live_ += cells.size();
+}
 
 Status LayerCache::seal(std::span<const Slot> slots, const SealAs& as,
                         std::span<const std::uint8_t> tiers, TaskTeam* team) {
@@ -25,35 +66,14 @@ Status LayerCache::seal(std::span<const Slot> slots, const SealAs& as,
     block->n_live = shape.n_tokens;
     const std::size_t bytes = block->layout->total_bytes();
     block->bytes.resize(bytes);
-    const auto cell_of = [this](const Slot& slot) {
-      return segments_[slot.segment].page->cells[slot.index];
-    };
-    const std::size_t n = slots.size();
-    std::vector<std::uint32_t> order(n);  // token of the block (ascending cells) -> slots[]
-    std::iota(order.begin(), order.end(), 0u);
-    std::sort(order.begin(), order.end(), [&](std::uint32_t a, std::uint32_t b) {
-      return cell_of(slots[a]) < cell_of(slots[b]);
-    });
-    const std::size_t n_keys = n * shape_.key_row, n_values = n * shape_.value_row;
-    const auto keys = std::make_unique_for_overwrite<float[]>(n_keys);
-    const auto values = std::make_unique_for_overwrite<float[]>(n_values);
-    std::vector<std::uint32_t> cells(n);
-    std::vector<std::uint8_t> sorted_tiers(tiers.size());
-    for (std::size_t token = 0; token < n; ++token) {
-      const Slot& slot = slots[order[token]];
-      cells[token] = cell_of(slot);
-      for (std::size_t head = 0; head * n < tiers.size(); ++head) {
-        sorted_tiers[head * n + token] = tiers[head * n + order[token]];
-      }
-    }
-    read_staged(slots, order, keys.get(), values.get(), team);
+    const Gathered tokens = gather(slots, tiers, team);
     quant::QuantRules rules = policy_->quant_rules(shape_.layer);
     if (!as.key_factors.empty()) {
       rules.key.given_factors = as.key_factors;
     }
     rules.key.channel_weights = as.key_weights;
-    quant::encode_block(*block->layout, rules, {keys.get(), n_keys}, {values.get(), n_values},
-                        sorted_tiers, block->bytes.data(), team);
+    quant::encode_block(*block->layout, rules, tokens.key_rows(), tokens.value_rows(), tokens.tiers,
+                        block->bytes.data(), team);
     Expected<std::uint32_t> id = new_segment();
     if (!id) {
       return id.error();
@@ -61,19 +81,54 @@ Status LayerCache::seal(std::span<const Slot> slots, const SealAs& as,
     if (!budget_->reserve(bytes)) {
       return over_budget(*budget_, bytes);
     }
-    block->first_cell = cells.front();
-    if (cells.back() - cells.front() + 1 != cells.size()) {
-      block->cells = cells;
+    block->first_cell = tokens.cells.front();
+    if (tokens.cells.back() - tokens.cells.front() + 1 != tokens.cells.size()) {
+      block->cells = tokens.cells;
     }
     // Nothing fails from here on.
-    for (const Slot& slot : slots) {
-      release(cell_of(slot));
-    }
-    for (const std::uint32_t cell : cells) {
-      set_owner(cell, static_cast<std::uint16_t>(*id));
-    }
-    n_live_ += cells.size();
+    move_cells(tokens.cells, *id);
     segments_[*id].block = std::move(block);
+    return ok_status();
+  } catch (const std::bad_alloc&) {
+    return no_memory(new_page_bytes());
+  }
+}
+
+Status LayerCache::append(std::uint32_t segment, std::span<const Slot> slots,
+                          const format::BlockShape& added, std::uint32_t end_ordinal,
+                          std::span<const std::uint8_t> tiers, TaskTeam* team) {
+  ZC_CHECK(slots.size() == added.n_tokens && !slots.empty());
+  try {
+    SealedBlock& block = *segments_[segment].block;
+    const Gathered tokens = gather(slots, tiers, team);
+    ZC_CHECK(tokens.cells.front() > block.cell(block.n_tokens() - 1));
+    const auto shape = format::joined_shape(block.layout->shape(), added);
+    ZC_CHECK(shape.has_value());
+    const auto layout = layout_for(*shape);
+    const format::BlockLayout added_layout(added);
+    AlignedVector<std::byte> bytes(layout->total_bytes());
+    quant::append_tokens(*block.layout, block.bytes.data(), added_layout,
+                         policy_->quant_rules(shape_.layer), tokens.key_rows(), tokens.value_rows(),
+                         tokens.tiers, *layout, bytes.data(), team);
+    std::vector<std::uint32_t> cells;
+    if (!block.cells.empty() || tokens.cells.back() + 1 - block.first_cell != shape->n_tokens) {
+      cells.reserve(shape->n_tokens);
+      for (std::uint32_t token = 0; token < block.n_tokens(); ++token) {
+        cells.push_back(block.cell(token));
+      }
+      cells.insert(cells.end(), tokens.cells.begin(), tokens.cells.end());
+    }
+    if (!budget_->reserve(bytes.size() - block.bytes.size())) {
+      return over_budget(*budget_, bytes.size() - block.bytes.size());
+    }
+    // Nothing fails from here on.
+    move_cells(tokens.cells, segment);
+    block.layout = layout;
+    block.bytes = std::move(bytes);
+    block.cells = std::move(cells);
+    block.n_live = shape->n_tokens;
+    block.end_ordinal = end_ordinal;
+    drop_unused_layouts();
     return ok_status();
   } catch (const std::bad_alloc&) {
     return no_memory(new_page_bytes());

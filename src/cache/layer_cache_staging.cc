@@ -27,12 +27,11 @@ StagingPage::Shape LayerCache::page_shape(std::uint32_t capacity, bool packed) c
 // Capacity of a packed page for so many tokens and little more: a long cache can afford to grow in
 // larger steps than a short one.
 std::uint32_t LayerCache::fitting(std::uint32_t n_tokens) const {
-  constexpr std::uint32_t kLeastStep = 4;
   if (newest_cells_.size() > kMostGenerated) {
     return std::min(n_tokens, kPageTokens);
   }
-  const std::uint32_t step = std::clamp(static_cast<std::uint32_t>(n_live_) / 1024, 1u, 8u);
-  return std::min(static_cast<std::uint32_t>(round_up(n_tokens, kLeastStep * step)), kPageTokens);
+  const std::uint32_t step = std::clamp(static_cast<std::uint32_t>(n_live_) / 256, 1u, kPageTokens);
+  return std::min(static_cast<std::uint32_t>(round_up(n_tokens, step)), kPageTokens);
 }
 
 Expected<std::uint32_t> LayerCache::make_page(std::uint32_t capacity, bool packed) {

@@ -186,7 +186,8 @@ std::vector<double> packed_row(const std::vector<float>& row, std::uint32_t head
 
 TEST(LayerCache, WhatAStepLeavesStagedIsPackedUntilItIsDue) {
   const std::uint32_t hold = 20, sinks = 4, n = 300;
-  TestEngine engine({}, {{"hold", "20"}, {"hold-share", "100"}, {"sinks", "4"}}, best(), 1, 7);
+  TestEngine engine({}, {{"hold", "20"}, {"hold-share", "100"}, {"sinks", "4"}, {"append", "64"}},
+                    best(), 1, 7);
   const auto is_packed = [&](Tensor tensor, std::uint32_t position) {
     const std::vector<float> held = engine.held(tensor);
     const auto expected =

@@ -235,8 +235,17 @@ Status Sealer::seal_group(const StepGroup& group) {
       n_staged - n_held < policy.seal_tokens) {
     return seal_held_values(group.id);
   }
-  const std::vector<std::uint32_t> blocks =
-      policy::plan_seal(policy, n_staged - n_held, group.n_rows);
+  const std::uint32_t n_due = n_staged - n_held;
+  if (policy.append_tokens > 0 && n_due <= policy.seal_tokens &&
+      n_due >= policy::append_tokens(policy, n_tokens)) {
+    Slots slots = staged(group.id);
+    slots.resize(n_due);
+    if (const auto joins = block_to_join(group.id, slots)) {
+      return cache_.append(joins->segment, slots, joins->added, n_tokens - n_held,
+                           rank(slots, n_held, format::BlockLayout(joins->added)), helpers_);
+    }
+  }
+  const std::vector<std::uint32_t> blocks = policy::plan_seal(policy, n_due, group.n_rows);
   if (blocks.empty()) {
     return seal_held_values(group.id);
   }
@@ -252,6 +261,35 @@ Status Sealer::seal_group(const StepGroup& group) {
     begin += n;
   }
   return seal_held_values(group.id);
+}
+
+std::optional<Sealer::Joins> Sealer::block_to_join(std::uint32_t group,
+                                                   std::span<const LayerCache::Slot> slots) {
+  const SealedBlock* newest = nullptr;
+  Joins joins{};
+  for (std::uint32_t id = 0; id < cache_.segments().size(); ++id) {
+    const SealedBlock* block = cache_.segments()[id].block.get();
+    if (block != nullptr && block->group == group &&
+        (newest == nullptr || block->end_ordinal > newest->end_ordinal)) {
+      newest = block;
+      joins.segment = id;
+    }
+  }
+  const auto n = static_cast<std::uint32_t>(slots.size());
+  if (newest == nullptr || newest->n_live != newest->n_tokens() || newest->holds_values ||
+      !newest->mass.empty() || newest->n_tokens() + n > cache_.policy().append_limit) {
+    return std::nullopt;
+  }
+  const std::uint32_t last_cell = newest->cell(newest->n_tokens() - 1);
+  const bool behind = std::all_of(slots.begin(), slots.end(), [&](const LayerCache::Slot& slot) {
+    return cache_.page(slot.segment)->cells[slot.index] > last_cell;
+  });
+  const auto added = policy::added_shape(cache_.policy(), newest->layout->shape(), n);
+  if (!behind || !added) {
+    return std::nullopt;
+  }
+  joins.added = *added;
+  return joins;
 }
 
 TokenGroup& Sealer::find_group(std::uint32_t id) {
@@ -355,6 +393,45 @@ std::uint64_t Sealer::random_seed(const LayerCache::Slot& first, std::uint32_t h
   return std::uint64_t{random.next()} << 32 | head;
 }
 
+// Tokens are ranked in the order of arrival (ties go to the older one), head by head.
+std::vector<std::uint8_t> Sealer::rank(std::span<const LayerCache::Slot> oldest_first,
+                                       std::uint32_t n_after, const format::BlockLayout& layout) {
+  const policy::Policy& policy = cache_.policy();
+  const std::uint32_t n_heads = cache_.n_kv_heads();
+  const auto n = static_cast<std::uint32_t>(oldest_first.size());
+  std::vector<std::uint8_t> tiers(std::size_t{n_heads} * n);
+  if (layout.n_tiers() == 1) {
+    return tiers;
+  }
+  std::vector<std::uint32_t> tier_tokens;
+  for (std::uint32_t tier = 0; tier < layout.n_tiers(); ++tier) {
+    tier_tokens.push_back(layout.tier_tokens(tier));
+  }
+  std::vector<float> mass(n), squares(needs_squares() ? n : 0), scores(n);
+  std::vector<std::uint32_t> seen(n), ages(n);
+  const auto n_recent = static_cast<std::uint32_t>(std::uint64_t{n} * policy.recent_bp / 10000);
+  for (std::uint32_t head = 0; head < n_heads; ++head) {
+    for (std::uint32_t i = 0; i < n; ++i) {
+      const StagingPage& page = *cache_.page(oldest_first[i].segment);
+      const std::size_t at = std::size_t{oldest_first[i].index} * n_heads + head;
+      mass[i] = page.mass[at];
+      if (needs_squares()) {
+        squares[i] = page.squares[at];
+      }
+      seen[i] = page.tokens[oldest_first[i].index].seen;
+      ages[i] = n_after + n - i;
+    }
+    saliency::token_scores(keeps_last_row_only() ? saliency::Metric::kLastToken : policy.metric,
+                           {mass, squares, seen, ages}, random_seed(oldest_first.front(), head),
+                           scores);
+    for (std::uint32_t i = n - n_recent; i < n; ++i) {
+      scores[i] = std::numeric_limits<float>::infinity();
+    }
+    saliency::assign_tiers(scores, tier_tokens, std::span(tiers).subspan(std::size_t{head} * n, n));
+  }
+  return tiers;
+}
+
 Status Sealer::seal_block(std::span<const LayerCache::Slot> oldest_first, std::uint32_t n_after,
                           std::uint32_t group) {
   const policy::Policy& policy = cache_.policy();
@@ -364,40 +441,7 @@ Status Sealer::seal_block(std::span<const LayerCache::Slot> oldest_first, std::u
   const bool holds_values = n_after < policy.value_hold_tokens;
   format::BlockShape shape =
       policy::block_shape(policy, n, n_heads, cache_.key_dim(), cache_.value_dim(), holds_values);
-  const format::BlockLayout layout(shape);
-  std::vector<std::uint32_t> tier_tokens;
-  for (std::uint32_t tier = 0; tier < layout.n_tiers(); ++tier) {
-    tier_tokens.push_back(layout.tier_tokens(tier));
-  }
-
-  // Tiers are ranked in the order of arrival (ties go to the older token), head by head.
-  std::vector<std::uint8_t> tiers(std::size_t{n_heads} * n);
-  if (layout.n_tiers() > 1) {
-    std::vector<float> mass(n), squares(needs_squares() ? n : 0), scores(n);
-    std::vector<std::uint32_t> seen(n), ages(n);
-    const auto n_recent = static_cast<std::uint32_t>(std::uint64_t{n} * policy.recent_bp / 10000);
-    for (std::uint32_t head = 0; head < n_heads; ++head) {
-      for (std::uint32_t i = 0; i < n; ++i) {
-        const StagingPage& page = *cache_.page(oldest_first[i].segment);
-        const std::size_t at = std::size_t{oldest_first[i].index} * n_heads + head;
-        mass[i] = page.mass[at];
-        if (needs_squares()) {
-          squares[i] = page.squares[at];
-        }
-        seen[i] = page.tokens[oldest_first[i].index].seen;
-        ages[i] = n_after + n - i;
-      }
-      saliency::token_scores(keeps_last_row_only() ? saliency::Metric::kLastToken : policy.metric,
-                             {mass, squares, seen, ages}, random_seed(oldest_first.front(), head),
-                             scores);
-      for (std::uint32_t i = n - n_recent; i < n; ++i) {
-        scores[i] = std::numeric_limits<float>::infinity();
-      }
-      saliency::assign_tiers(scores, tier_tokens,
-                             std::span(tiers).subspan(std::size_t{head} * n, n));
-    }
-  }
-
+  std::vector<std::uint8_t> tiers = rank(oldest_first, n_after, format::BlockLayout(shape));
   Slots slots(oldest_first.begin(), oldest_first.end());
   if (policy.requantize_all) {
     Status gathered = gather_sealed(group, &shape, &slots, &tiers);

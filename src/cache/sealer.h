@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -76,6 +77,15 @@ class Sealer {
   std::uint32_t count_staged(std::uint32_t group) const;
   Slots staged(std::uint32_t group) const;
   Status seal_group(const StepGroup& group);
+  // The newest block of a group if `slots`, in cells behind its own, can join it, and their shape.
+  struct Joins {
+    std::uint32_t segment;
+    format::BlockShape added;
+  };
+  std::optional<Joins> block_to_join(std::uint32_t group, std::span<const LayerCache::Slot> slots);
+  // Tiers [n_kv_heads, n] of staged tokens that come into a block of this layout.
+  std::vector<std::uint8_t> rank(std::span<const LayerCache::Slot> oldest_first,
+                                 std::uint32_t n_after, const format::BlockLayout& layout);
   Status evict_group(const StepGroup& group);
   // n_after: tokens of the group after the block's.
   Status seal_block(std::span<const LayerCache::Slot> oldest_first, std::uint32_t n_after,

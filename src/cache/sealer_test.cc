@@ -119,6 +119,57 @@ TEST(Sealer, BalancesKeysByTheQueriesOfThePrompt) {
   EXPECT_EQ(n_blocks, 2);
 }
 
+std::vector<const SealedBlock*> blocks_of(const LayerCache& cache) {
+  std::vector<const SealedBlock*> blocks;
+  for (const Segment& segment : cache.segments()) {
+    if (segment.block != nullptr) {
+      blocks.push_back(segment.block.get());
+    }
+  }
+  std::sort(blocks.begin(), blocks.end(), [](const SealedBlock* a, const SealedBlock* b) {
+    return a->n_tokens() < b->n_tokens();
+  });
+  return blocks;
+}
+
+TEST(Sealer, DecodedTokensJoinTheLastBlock) {
+  for (const bool scatter : {false, true}) {
+    TestEngine engine({}, {}, kernels::select_kernels("").value(), 1, 4);
+    engine.step({{0, 130}}, scatter);
+    const auto blocks = blocks_of(engine.cache());
+    ASSERT_EQ(blocks.size(), 1u);
+    EXPECT_EQ(blocks[0]->n_tokens(), 128u);
+    for (int i = 0; i < 15; ++i) {
+      engine.step({{0, 1}}, false);
+    }
+    EXPECT_EQ(blocks[0]->n_tokens(), 128u);
+    engine.step({{0, 1}}, false);
+    ASSERT_EQ(blocks_of(engine.cache()).size(), 1u);
+    // Scattered cells of the prompt end somewhere beyond those of the decoded tokens.
+    EXPECT_EQ(blocks[0]->n_tokens(), scatter ? 128u : 144u);
+  }
+}
+
+TEST(Sealer, ABlockThatLostATokenGrowsNoMore) {
+  TestEngine engine({}, {}, kernels::select_kernels("").value(), 1, 4);
+  engine.step({{0, 130}}, false);
+  const std::vector<Half> zeros(1024);
+  const std::uint32_t cell = engine.cells(0)[70];
+  for (const Tensor tensor : {Tensor::kKey, Tensor::kValue}) {
+    ASSERT_TRUE(engine.cache().put(tensor, {&cell, 1}, {zeros.data(), 0, true}));
+  }
+  for (int i = 0; i < 63; ++i) {
+    engine.step({{0, 1}}, false);
+  }
+  ASSERT_EQ(blocks_of(engine.cache()).size(), 1u);
+  engine.step({{0, 1}}, false);
+  std::vector<std::uint32_t> sizes;
+  for (const SealedBlock* block : blocks_of(engine.cache())) {
+    sizes.push_back(block->n_tokens());
+  }
+  EXPECT_EQ(sizes, (std::vector<std::uint32_t>{64, 128}));
+}
+
 // The newest 30 % are salient whatever their attention.
 TEST(Sealer, PutsTheNewestFirst) {
   TestEngine engine({}, {{"policy", "mikv"}}, kernels::select_kernels("").value(), 1, 4);

@@ -40,7 +40,7 @@ Status append(cache::LayerCache& layer, std::span<const std::uint32_t> cells,
 
 Expected<cache::ByteCount> layer_bytes(std::shared_ptr<const policy::Policy> policy,
                                        const LayerDims& dims, std::uint32_t n_tokens,
-                                       std::uint32_t tokens_per_step) {
+                                       std::uint32_t tokens_per_step, std::uint32_t prompt_tokens) {
   ZC_CHECK(tokens_per_step > 0);
   const cache::LayerCache::Shape shape{.layer = 0,
                                        .n_cells = std::max(1u, n_tokens),
@@ -55,8 +55,11 @@ Expected<cache::ByteCount> layer_bytes(std::shared_ptr<const policy::Policy> pol
   }
   const std::vector<Half> zeros(std::max(shape.key_row, shape.value_row));
   std::vector<std::uint32_t> cells;
-  for (std::uint32_t begin = 0; begin < n_tokens; begin += tokens_per_step) {
-    cells.resize(std::min(tokens_per_step, n_tokens - begin));
+  std::uint32_t n = 0;
+  for (std::uint32_t begin = 0; begin < n_tokens; begin += n) {
+    const std::uint32_t of_prompt = std::min(n_tokens, prompt_tokens);
+    n = begin < of_prompt ? std::min(tokens_per_step, of_prompt - begin) : 1;
+    cells.resize(n);
     std::iota(cells.begin(), cells.end(), begin);
     if (Status appended = append(layer, cells, zeros); !appended) {
       return appended.error();

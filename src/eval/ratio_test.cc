@@ -142,6 +142,20 @@ TEST(LayerBytesOfPrompts, TheDefaultHoldsItsRatioFrom256TokensOn) {
   }
 }
 
+// Generation: decoded tokens join the last block 16 at a time. Those that wait are most of what the
+// ratio lacks behind a short prompt.
+TEST(LayerBytesOfPrompts, TheDefaultLosesLittleInGeneration) {
+  const auto policy = std::make_shared<policy::Policy>(policy::make_policy({}).value());
+  const LayerDims dims{.n_kv_heads = 3, .key_dim = 64, .value_dim = 64};
+  const double longest = layer_bytes(policy, dims, 32768, 512).value().ratio();
+  for (const std::uint32_t n : {257u, 271u, 287u, 303u, 335u, 400u, 500u, 609u}) {
+    EXPECT_GE(layer_bytes(policy, dims, n, 512, 256).value().ratio(), 0.83 * longest) << n;
+  }
+  for (const std::uint32_t n : {675u, 807u, 1005u, 1265u, 1539u, 1978u, 2400u, 3000u}) {
+    EXPECT_GE(layer_bytes(policy, dims, n, 512, 256).value().ratio(), 0.9 * longest) << n;
+  }
+}
+
 TEST(LayerBytesOfPrompts, RefusesShapesThatTheCacheRefuses) {
   const auto policy = std::make_shared<policy::Policy>();
   EXPECT_FALSE(layer_bytes(policy, {2, 24, 24}, 10, 1));

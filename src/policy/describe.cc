@@ -62,6 +62,9 @@ std::string describe_schedule(const Policy& policy) {
   text += ", seal " + std::to_string(policy.seal_tokens) + " in ";
   text +=
       policy.block_tokens == 0 ? "one block" : "blocks of " + std::to_string(policy.block_tokens);
+  if (policy.append_tokens != 0) {
+    text += ", which " + std::to_string(policy.append_tokens) + " more may join";
+  }
   if (policy.value_hold_tokens != 0) {
     text += ", newest " + std::to_string(policy.value_hold_tokens) + " values exact";
   }

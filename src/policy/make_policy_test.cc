@@ -85,6 +85,7 @@ TEST(MakePolicy, DefaultMode) {
   EXPECT_EQ(policy.seal_tokens, 64u);
   EXPECT_EQ(policy.seal_multiple, 16u);
   EXPECT_EQ(policy.rest_tokens, 3u);
+  EXPECT_EQ(policy.append_tokens, 16u);
   EXPECT_EQ(policy.min_ranked_tokens, 48u);
   EXPECT_EQ(policy.hold_share_bp, 300u);
   EXPECT_EQ(policy.staging_bits, 8);
@@ -581,37 +582,15 @@ TEST(SettingHelp, NamesEverySettingOnce) {
     const std::string error = error_of({{help.name, "no such value"}});
     EXPECT_EQ(error.find(help.name + ": "), 0u) << error;
   }
-  EXPECT_EQ(names, (std::set<std::string>{"policy",
-                                          "mode",
-                                          "kv-bits",
-                                          "key-wide",
-                                          "key-wide-bits",
-                                          "key-bits",
-                                          "value-bits",
-                                          "key-salient",
-                                          "value-salient",
-                                          "key-clip",
-                                          "value-clip",
-                                          "granularity",
-                                          "group",
-                                          "residual",
-                                          "value-params",
-                                          "sinks",
-                                          "hold",
-                                          "hold-share",
-                                          "seal",
-                                          "block",
-                                          "staging-bits",
-                                          "heavy",
-                                          "recent",
-                                          "balancer",
-                                          "rank",
-                                          "outliers",
-                                          "metric",
-                                          "probes",
-                                          "probe-positions",
-                                          "seed",
-                                          "calibration"}));
+  EXPECT_EQ(names,
+            (std::set<std::string>{
+                "policy",     "mode",         "kv-bits",     "key-wide",      "key-wide-bits",
+                "key-bits",   "value-bits",   "key-salient", "value-salient", "key-clip",
+                "value-clip", "granularity",  "group",       "residual",      "value-params",
+                "sinks",      "hold",         "hold-share",  "append",        "seal",
+                "block",      "staging-bits", "heavy",       "recent",        "balancer",
+                "rank",       "outliers",     "metric",      "probes",        "probe-positions",
+                "seed",       "calibration"}));
 }
 
 TEST(PolicyHelp, NamesEveryPolicyAndItsDefaults) {
@@ -646,16 +625,18 @@ TEST(PolicyHelp, ListedSettingsAreThoseThatAreRead) {
 }
 
 TEST(Describe, OneLine) {
-  EXPECT_EQ(describe(policy_of({})),
-            "zipcache default: K channelwise 4/2 bits (20 % salient, 50 % of channels 4 bits, clip "
-            "1/0.7), V channel-separable 3/2 bits (50 % salient, clip 1/0.75, byte params); 2 "
-            "sinks, hold 28 or 3 %, 8 bits until sealed, seal 64 in blocks of 512; metric "
-            "normalized, probes default, seed 0");
-  EXPECT_EQ(describe(policy_of({{"kv-bits", "2.75"}})),
-            "zipcache default of at most 2.75 bits: K channelwise 4/2 bits (some of channels 4 "
-            "bits, clip 1/0.7), V channel-separable 3/2 bits (clip 1/0.75, byte params); 2 sinks, "
-            "hold 28 or 3 %, 8 bits until sealed, seal 64 in blocks of 512; metric normalized, "
-            "probes default, seed 0");
+  EXPECT_EQ(
+      describe(policy_of({})),
+      "zipcache default: K channelwise 4/2 bits (20 % salient, 50 % of channels 4 bits, clip "
+      "1/0.7), V channel-separable 3/2 bits (50 % salient, clip 1/0.75, byte params); 2 "
+      "sinks, hold 28 or 3 %, 8 bits until sealed, seal 64 in blocks of 512, which 16 more may "
+      "join; metric normalized, probes default, seed 0");
+  EXPECT_EQ(
+      describe(policy_of({{"kv-bits", "2.75"}})),
+      "zipcache default of at most 2.75 bits: K channelwise 4/2 bits (some of channels 4 "
+      "bits, clip 1/0.7), V channel-separable 3/2 bits (clip 1/0.75, byte params); 2 sinks, "
+      "hold 28 or 3 %, 8 bits until sealed, seal 64 in blocks of 512, which 16 more may join; "
+      "metric normalized, probes default, seed 0");
   EXPECT_EQ(describe(policy_of({{"policy", "uniform"}, {"granularity", "groupwise"}})),
             "uniform: K tokenwise by 32 4 bits (clip 1, half params), V tokenwise by 32 4 bits "
             "(clip 1, half params); 0 sinks, hold 32, seal 64 in blocks of 512");

@@ -6,6 +6,7 @@
 #include <array>
 #include <cstdint>
 #include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -93,6 +94,10 @@ struct Policy {
   std::uint32_t rest_tokens = UINT32_MAX;
   std::uint32_t block_tokens = 512;
   bool seal_chunks = false;
+  // > 0: up to `seal_tokens` staged tokens join the last block of their sequence, on its grids,
+  // once append_tokens() of them wait, while it has at most `append_limit`.
+  std::uint32_t append_tokens = 0;
+  std::uint32_t append_limit = 2048;
   // Values of the newest so many tokens of a sequence stay exact (width 16) when their keys are
   // sealed; the last ones of a seal are therefore sealed in blocks of `value_hold_block` tokens.
   std::uint32_t value_hold_tokens = 0;
@@ -165,6 +170,15 @@ format::BlockShape block_shape(const Policy& policy, std::uint32_t n_tokens,
 std::uint32_t least_centibits(const Policy& policy, std::uint32_t n_tokens,
                               std::uint32_t n_kv_heads, std::uint32_t key_dim,
                               std::uint32_t value_dim);
+
+// Shape of `n_tokens` that join a block, or nothing where they can't: classes grow to what a block
+// of all of them would have. See format/block_join.h.
+std::optional<format::BlockShape> added_shape(const Policy& policy, const format::BlockShape& block,
+                                              std::uint32_t n_tokens);
+
+// How many tokens of a sequence of `n_tokens` wait until they join its last block.
+// REQUIRES: policy.append_tokens > 0.
+std::uint32_t append_tokens(const Policy& policy, std::uint32_t n_tokens);
 
 // How many of the newest tokens of a sequence of `n_tokens` wait.
 std::uint32_t held_tokens(const Policy& policy, std::uint32_t n_tokens);

@@ -4,6 +4,7 @@
 #include <numeric>
 
 #include "base/check.h"
+#include "format/block_join.h"
 #include "policy/policy.h"
 
 namespace zipcache::policy {
@@ -51,6 +52,61 @@ TEST(HeldTokens, AreAShareOfWhatIsBeyondAShortSequence) {
   EXPECT_EQ(held_tokens(policy_of({{"hold-share", "100"}}), 1), 28u);
   EXPECT_EQ(held_tokens(policy_of({{"policy", "uniform"}}), 1), 32u);
   EXPECT_EQ(held_tokens(policy_of({{"policy", "h2o"}, {"recent", "10"}}), 1000), 100u);
+}
+
+TEST(AppendTokens, MoreWaitInALongSequence) {
+  const Policy policy = policy_of({});
+  EXPECT_EQ(append_tokens(policy, 100), 16u);
+  EXPECT_EQ(append_tokens(policy, 1132), 16u);
+  EXPECT_EQ(append_tokens(policy, 1134), 17u);
+  EXPECT_EQ(append_tokens(policy, UINT32_MAX), 64u);
+  EXPECT_EQ(append_tokens(policy_of({{"append", "64"}, {"seal", "16"}}), 1), 64u);
+}
+
+TEST(AddedShape, KeepsTheSharesOfTheWhole) {
+  const Policy policy = policy_of({});
+  format::BlockShape block = block_shape(policy, 512, 3, 64, 64);
+  for (int i = 0; i < 100; ++i) {
+    const auto added = added_shape(policy, block, 16);
+    ASSERT_TRUE(added.has_value());
+    EXPECT_EQ(added->n_tokens, 16u);
+    EXPECT_LE(added->key.class0_tokens, added->value.class0_tokens);
+    block = format::joined_shape(block, *added).value();
+    EXPECT_NEAR(block.key.class0_tokens, 0.2 * block.n_tokens, 8);
+    EXPECT_NEAR(block.value.class0_tokens, 0.5 * block.n_tokens, 16);
+  }
+}
+
+TEST(AddedShape, PadsNoLanesOfASmallBlock) {
+  const Policy policy = policy_of({});
+  format::BlockShape block = block_shape(policy, 256, 3, 64, 64);
+  while (block.n_tokens < 512) {
+    block = format::joined_shape(block, added_shape(policy, block, 16).value()).value();
+    EXPECT_EQ(block.key.class0_tokens % 16, 0u);
+    EXPECT_EQ(block.value.class0_tokens % 16, 0u);
+  }
+}
+
+TEST(AddedShape, NothingJoinsABlockOfOneClassOrOfAnotherKind) {
+  const Policy policy = policy_of({});
+  EXPECT_FALSE(added_shape(policy, block_shape(policy, 47, 1, 64, 64), 16).has_value());
+  EXPECT_TRUE(added_shape(policy, block_shape(policy, 48, 1, 64, 64), 16).has_value());
+  const Policy paper = policy_of({{"mode", "paper"}});
+  EXPECT_FALSE(added_shape(paper, block_shape(paper, 512, 1, 64, 64), 16).has_value());
+}
+
+TEST(AddedShape, ABudgetIsKept) {
+  for (const char* bits : {"2.2", "2.6", "3.2", "4"}) {
+    const Policy policy = policy_of({{"kv-bits", bits}});
+    format::BlockShape block = block_shape(policy, 512, 3, 64, 64);
+    while (block.n_tokens < 2048) {
+      block = format::joined_shape(block, added_shape(policy, block, 16).value()).value();
+      const double elements = block.n_tokens * 3.0 * 128;
+      EXPECT_LE(8.0 * static_cast<double>(format::BlockLayout(block).total_bytes()) / elements,
+                std::stod(bits) + 0.05)
+          << block.n_tokens;
+    }
+  }
 }
 
 TEST(PlanSeal, Fp16NeverSeals) {

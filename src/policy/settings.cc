@@ -200,6 +200,9 @@ const std::vector<SettingHelp>& setting_words() {
        "0 or 16..65536 in steps of 16; uniform in steps of 32, paper, official, mikv and static "
        "of 1",
        "most tokens of one block, 0 for no limit"},
+      {"append", "0 or 4..64",
+       "fewest tokens that wait until they join the last block of their sequence; more do in a "
+       "long one; 0: they wait for a block of their own"},
       {"staging-bits", "8, 16",
        "width of sinks and of tokens that wait, once their step is over; 16 is exact"},
       {"rank", "0..16",

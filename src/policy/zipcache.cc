@@ -41,6 +41,7 @@ Policy default_preset() {
   policy.chunk_tokens = 16;
   policy.min_ranked_tokens = 48;  // smaller blocks gain nothing by a second class's parameters
   policy.seal_multiple = 16;      // lanes of a group: what lacks to it is padding
+  policy.append_tokens = 16;      // decoded tokens join the last block (decision 0009)
   policy.rest_tokens = 3;         // more cost less in a padded group than they cost to wait
   return policy;
 }
@@ -89,6 +90,13 @@ Policy make(SettingReader& in) {
   }
   read_schedule(in, policy);
   read_staging(in, policy);
+  if (measured) {
+    policy.append_tokens =
+        in.count("append", {.min = 4, .max = 64, .or_zero = true}, policy.append_tokens);
+  } else {
+    in.reject("append",
+              "but blocks of mode '" + std::string(name_of(kModes, mode)) + "' don't grow");
+  }
   read_ranking(in, policy);
   return policy;
 }
@@ -98,11 +106,10 @@ Policy make(SettingReader& in) {
 Method zipcache_method() {
   return {"zipcache",
           "more bits for salient tokens; measured best here",
-          {"mode",          "kv-bits",      "key-bits", "value-bits",    "key-salient",
-           "value-salient", "key-clip",     "key-wide", "key-wide-bits", "value-clip",
-           "value-params",  "sinks",        "hold",     "seal",          "block",
-           "hold-share",    "staging-bits", "metric",   "probes",        "probe-positions",
-           "seed"},
+          {"mode",     "kv-bits",  "key-bits",        "value-bits", "key-salient",  "value-salient",
+           "key-clip", "key-wide", "key-wide-bits",   "value-clip", "value-params", "sinks",
+           "hold",     "seal",     "block",           "hold-share", "append",       "staging-bits",
+           "metric",   "probes",   "probe-positions", "seed"},
           make,
           {{"paper", "the paper's text: 4 and 2 bits, 60 % salient"},
            {"official", "the published code: re-quantizes everything each time"}}};

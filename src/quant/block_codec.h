@@ -53,6 +53,18 @@ void encode_block(const format::BlockLayout& layout, const QuantRules& rules,
                   std::span<const float> keys, std::span<const float> values,
                   std::span<const std::uint8_t> tiers, std::byte* block, TaskTeam* team = nullptr);
 
+// Tokens that join a block, behind its own: they are encoded as a block of `added`, but on the
+// grids of the one that is there (its wide channels, channel factors, scales and minima of
+// channels, bases of token parameters). Channels of keys that leave their grid by more than half a
+// step have it widened, and the codes of the old tokens moved to it. `out` is joined.total_bytes()
+// long, 64-byte aligned, and overwritten whole; the rest as above. REQUIRES: `joined` was made from
+// format::joined_shape() of the other two.
+void append_tokens(const format::BlockLayout& layout, const std::byte* block,
+                   const format::BlockLayout& added, const QuantRules& rules,
+                   std::span<const float> keys, std::span<const float> values,
+                   std::span<const std::uint8_t> tiers, const format::BlockLayout& joined,
+                   std::byte* out, TaskTeam* team = nullptr);
+
 // The stored values in token order; same shapes as above. Either output may be empty.
 void decode_block(const format::BlockLayout& layout, const std::byte* block, std::span<float> keys,
                   std::span<float> values);

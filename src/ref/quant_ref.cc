@@ -69,6 +69,18 @@ int integer_offset_code(double x, const QuantParams& params, int bits) {
   return static_cast<int>(std::clamp(steps, 0.0, levels(bits)));
 }
 
+QuantParams widened_params(const QuantParams& old, std::span<const double> range, int bits) {
+  const double width = old.scale * levels(bits);
+  double low = old.min, high = old.min + width;
+  if (range[0] < old.min - old.scale / 2) {
+    low = range[0] - width / 10;
+  }
+  if (range[1] > old.min + width + old.scale / 2) {
+    high = range[1] + width / 10;
+  }
+  return {(high - low) / levels(bits), low};
+}
+
 std::vector<double> shrunk_range(std::span<const double> set, double fraction) {
   const auto [low, high] = std::minmax_element(set.begin(), set.end());
   const double centre = (*low + *high) / 2;

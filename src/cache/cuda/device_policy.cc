@@ -82,6 +82,7 @@ Expected<policy::Policy> device_policy(const policy::Policy& asked) {
   used.seal_multiple = kPageTokens;
   used.rest_tokens = kPageTokens;
   used.chunk_tokens = UINT32_MAX;
+  used.append_tokens = 0;
   used.seal_tokens = whole_pages(asked.seal_tokens);
   used.block_tokens =
       std::min(whole_pages(asked.block_tokens == 0 ? kMaxBlock : asked.block_tokens), kMaxBlock);
@@ -114,6 +115,9 @@ std::string device_policy_note(const policy::Policy& asked, const policy::Policy
   }
   if (asked.staging_bits != used.staging_bits || asked.hold_share_bp != used.hold_share_bp) {
     note += std::string(note.empty() ? "" : "; ") + "tokens that wait are exact at any length";
+  }
+  if (asked.append_tokens != 0) {
+    note += std::string(note.empty() ? "" : "; ") + "decoded tokens get blocks of their own";
   }
   if (used.seal_tokens != asked.seal_tokens) {
     note += std::string(note.empty() ? "" : "; ") + "seal is " + std::to_string(used.seal_tokens);
