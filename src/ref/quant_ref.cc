@@ -72,10 +72,10 @@ int integer_offset_code(double x, const QuantParams& params, int bits) {
 QuantParams widened_params(const QuantParams& old, std::span<const double> range, int bits) {
   const double width = old.scale * levels(bits);
   double low = old.min, high = old.min + width;
-  if (range[0] < old.min - old.scale / 2) {
+  if (range[0] < old.min - old.scale) {
     low = range[0] - width / 10;
   }
-  if (range[1] > old.min + width + old.scale / 2) {
+  if (range[1] > old.min + width + old.scale) {
     high = range[1] + width / 10;
   }
   return {(high - low) / levels(bits), low};

@@ -32,7 +32,7 @@ QuantParams integer_offset_params(std::span<const double> set, int bits);
 // clamp(round(x / s) + z, 0, 2^bits - 1).
 int integer_offset_code(double x, const QuantParams& params, int bits);
 
-// A grid widened for values from range[0] to range[1]: an end that these pass by more than half a
+// A grid widened for values from range[0] to range[1]: an end that these pass by more than a
 // step moves to where they end, and a tenth of the old range further.
 QuantParams widened_params(const QuantParams& old, std::span<const double> range, int bits);
 
