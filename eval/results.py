@@ -10,7 +10,7 @@ eval/update_docs.py makes the page.
     eval/results.py --smoke         all runs, tiny: that everything works, not what it shows
 
 Runs go side by side, each with one thread: two threads of one run wait for each other a good part of
-the time. All runs take about 17000 CPU seconds.
+the time. All runs take about 21000 CPU seconds.
 """
 
 import json
@@ -69,6 +69,9 @@ def ppl(name, policies, text, model=SMOLLM2, **options):
 RUNS = [
     Run("ratio", "ratio", ["default", "mode=paper", "policy=kivi", "policy=kivi,residual=32",
                            "policy=mikv", "policy=fp16"]),
+    Run("ratio-generation", "ratio", ["default", "append=0"], SMOLLM2,
+        {"--prompt": 256, "--tokens": "256,271,287,303,319,335,351,383,415,447,511,543,609,675,741,"
+                                      "807,1005,1265,1539,1978,2048,4096"}),
     *(ppl(f"ppl-{model_name}-{text_name}-2048", FRONTIER, text, model,
           **{"-c": 2048, "--chunks": chunks})
       for model_name, model, chunks in (("smollm2", SMOLLM2, 2), ("gemma3", GEMMA3, 1))
@@ -125,20 +128,25 @@ def with_calibration(args, run, policy):
             if policy.startswith(CALIBRATED) else policy)
 
 
+def flags_of(options):
+    return [part for flag, value in options.items() for part in (flag, value)]
+
+
 def measure_ratio(args, run, folder):
     folder.mkdir(parents=True, exist_ok=True)
     report_file = folder / "ratio.json"
-    zipcache(args, "ratio", "-m", run.model, *policies_of(args, run), "--json", report_file)
+    zipcache(args, "ratio", "-m", run.model, *flags_of(run.options), *policies_of(args, run),
+             "--json", report_file)
     report = json.loads(report_file.read_text())
-    shared = {"model": run.model.name, "tokens_per_step": report["tokens_per_step"],
-              "layers": report["layers"]}
+    shared = {"model": run.model.name, "layers": report["layers"]} | {
+        key: report[key] for key in ("tokens_per_step", "prompt_tokens") if key in report}
     return ([{"task": "ratio", **shared, **row} for row in report["rows"]] +
-            [{"task": "ratio-paper", **figure} for figure in report["paper"]])
+            [{"task": "ratio-paper", **figure} for figure in report["paper"]
+             if "prompt_tokens" not in shared])
 
 
 def measure_accuracy(args, run, folder):
-    options = run.smoke if args.smoke else run.options
-    flags = [part for flag, value in options.items() for part in (flag, value)]
+    flags = flags_of(run.smoke if args.smoke else run.options)
     zipcache(args, "eval", "-m", run.model, "--task", run.task, *flags, "-t", args.threads, "--out",
              folder, *(with_calibration(args, run, policy) for policy in policies_of(args, run)))
     # Policies are named by what they are given, files without their folders.

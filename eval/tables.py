@@ -63,6 +63,16 @@ def ratio(records):
                      "counted", "bits/element", "bytes"], rows)
 
 
+def generation_ratios(records):
+    policies = list(dict.fromkeys(r["policy"] for r in records))
+    found = {(r["policy"], r["n_tokens"]): r for r in records}
+    rows = [[n] + [text for policy in policies for text in (
+                f"{found[policy, n]['ratio']:.2f}", f"{found[policy, n]['bits_per_element']:.2f}")]
+            for n in sorted({r["n_tokens"] for r in records})]
+    return markdown(["tokens"] + [text for policy in policies
+                                  for text in (f"`{policy}`", "bits/element")], rows)
+
+
 def paper_ratios(records):
     return markdown(["the paper's case", "ratio"],
                     [[r["what"], f"{r['ratio']:.3f}"] for r in records if r["task"] == "ratio-paper"])

@@ -36,6 +36,8 @@ TABLES = {
     "demo": ("demo.jsonl", ("label",), tables.demo, "eval/demo.py"),
     "transcript": ("demo.jsonl", ("label",), tables.transcript, "eval/demo.py"),
     "paper-ratios": ("ratio.jsonl", ("task", "what"), tables.paper_ratios, "eval/results.py ratio"),
+    "ratio-generation": ("ratio-generation.jsonl", ("policy", "n_tokens"), tables.generation_ratios,
+                         "eval/results.py ratio-generation"),
     "ratio": ("ratio.jsonl", ("task", "policy", "n_tokens"), tables.ratio, "eval/results.py ratio"),
 }
 for run, table in (("ppl-smollm2-*-2048", tables.kld), ("ppl-gemma3-*-2048", tables.kld),

@@ -273,6 +273,20 @@ class Calibrated(EvalTest):
             counted = json.loads((self.folder / "ratio.json").read_text())["rows"][0]
             self.assertEqual(counted["bytes"], held["bytes"])
 
+    def test_ratio_counts_what_generation_holds(self):
+        done = run(OPTIONS.zipcache, "run", "-m", OPTIONS.model, "-t", 1, "--raw", "--file",
+                   self.text, "--max-prompt-tokens", 200, "-n", 40,
+                   "--json", self.folder / "run.json")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        held = json.loads((self.folder / "run.json").read_text())
+        # The last token that is answered is not in the cache.
+        done = run(OPTIONS.zipcache, "ratio", "-m", OPTIONS.model, "--prompt", held["n_prompt"],
+                   "--tokens", held["n_prompt"] + held["n_generated"] - 1, "--json",
+                   self.folder / "ratio.json")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        counted = json.loads((self.folder / "ratio.json").read_text())["rows"][0]
+        self.assertEqual(counted["bytes"], held["bytes"])
+
     def test_another_file_is_another_run(self):
         path, out = self.calibrated(), self.folder / "run"
         command = self.ppl("--chunks", 1, f"policy=static,calibration={path}", "--out", out)

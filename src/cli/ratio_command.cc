@@ -54,7 +54,7 @@ Expected<Policies> make_policies(const eval::PolicySpec& spec,
 }
 
 Expected<Row> make_row(const Policies& policies, const std::vector<LayerGroup>& shape,
-                       std::uint32_t n_tokens, std::uint32_t tokens_per_step) {
+                       std::uint32_t n_tokens, const RatioOptions& options) {
   const policy::Policy& policy = *policies.front();
   const double bits = eval::mean_code_bits(policy);
   Row row{.n_tokens = n_tokens, .reported = eval::reported_ratio(n_tokens, bits), .bytes = {}};
@@ -68,8 +68,8 @@ Expected<Row> make_row(const Policies& policies, const std::vector<LayerGroup>& 
     fp16 += elements;
     counted += elements / eval::formula_ratio({1, channels, double(n_tokens)}, bits,
                                               eval::formula_params(policy));
-    const Expected<cache::ByteCount> layer =
-        eval::layer_bytes(policies[i], dims, n_tokens, tokens_per_step);
+    const Expected<cache::ByteCount> layer = eval::layer_bytes(
+        policies[i], dims, n_tokens, options.tokens_per_step, options.prompt_tokens);
     if (!layer) {
       return layer.error();
     }
@@ -105,7 +105,7 @@ Expected<PolicyRows> make_rows(const std::string& name, const std::vector<LayerG
                   .code_bits = eval::mean_code_bits(policy),
                   .rows = {}};
   for (const std::uint32_t n_tokens : options.lengths) {
-    Expected<Row> row = make_row(*policies, shape, n_tokens, options.tokens_per_step);
+    Expected<Row> row = make_row(*policies, shape, n_tokens, options);
     if (!row) {
       return row.error();
     }
@@ -143,7 +143,11 @@ void print_tables(const std::vector<LayerGroup>& shape, const std::vector<Policy
     fmt::print("\n{} layers of {} KV heads, {} (K) and {} (V) channels each", group.n_layers,
                group.dims.n_kv_heads, group.dims.key_dim, group.dims.value_dim);
   }
-  fmt::print("; tokens come {} at once\n", options.tokens_per_step);
+  fmt::print("; tokens come {} at once", options.tokens_per_step);
+  if (options.prompt_tokens != UINT32_MAX) {
+    fmt::print(", those beyond {} one by one", options.prompt_tokens);
+  }
+  fmt::print("\n");
   for (const PolicyRows& policy : policies) {
     fmt::print("\n{}: {}\n", policy.name, policy.description);
     fmt::print("  {:>8} {:>8} {:>8} {:>9} {:>7}   {}\n", "tokens", "paper", "formula", "counted",
@@ -165,6 +169,9 @@ Json to_json(const std::vector<LayerGroup>& shape, const std::vector<PolicyRows>
              const RatioOptions& options) {
   Json json = {{"paper", Json::array()}, {"layers", Json::array()}, {"rows", Json::array()}};
   json["tokens_per_step"] = options.tokens_per_step;
+  if (options.prompt_tokens != UINT32_MAX) {
+    json["prompt_tokens"] = options.prompt_tokens;
+  }
   for (const PaperFigure& figure : paper_figures()) {
     json["paper"].push_back({{"what", figure.what}, {"ratio", figure.ratio}});
   }
@@ -222,6 +229,11 @@ void add_ratio_options(CLI::App& command, RatioOptions& options) {
   command
       .add_option("--ubatch-size", options.tokens_per_step,
                   "tokens that come at once, also as -ub (default 512; 1 = as in generation)")
+      ->type_name("N")
+      ->check(count(kMaxTokens));
+  command
+      .add_option("--prompt", options.prompt_tokens,
+                  "tokens of the prompt; those beyond come one by one, as in generation")
       ->type_name("N")
       ->check(count(kMaxTokens));
   command.add_option("--json", options.json_path, "write the numbers as JSON")->type_name("FILE");

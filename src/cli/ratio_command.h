@@ -23,6 +23,7 @@ struct RatioOptions {
   std::uint32_t value_dim = 0;  // 0 = head_dim
   std::vector<std::uint32_t> lengths{128, 256, 512, 840, 1024, 2048, 4096, 8192};
   std::uint32_t tokens_per_step = 512;
+  std::uint32_t prompt_tokens = UINT32_MAX;
   std::string json_path;
 };
 
