@@ -94,6 +94,7 @@ class Sealer {
   TokenGroup& find_group(std::uint32_t id);
   void add_query_power(TokenGroup& group, const StepGroup& step,
                        std::uint32_t heads_per_group) const;
+  static std::vector<float> channel_weights(const TokenGroup& group);  // [key_row], or empty
   void balance_keys(TokenGroup& group, const Slots& staged);
   Status gather_sealed(std::uint32_t group, format::BlockShape* shape, Slots* slots,
                        std::vector<std::uint8_t>* tiers);
