@@ -55,9 +55,9 @@ Expected<cache::ByteCount> layer_bytes(std::shared_ptr<const policy::Policy> pol
   }
   const std::vector<Half> zeros(std::max(shape.key_row, shape.value_row));
   std::vector<std::uint32_t> cells;
+  const std::uint32_t of_prompt = std::min(n_tokens, prompt_tokens);
   std::uint32_t n = 0;
   for (std::uint32_t begin = 0; begin < n_tokens; begin += n) {
-    const std::uint32_t of_prompt = std::min(n_tokens, prompt_tokens);
     n = begin < of_prompt ? std::min(tokens_per_step, of_prompt - begin) : 1;
     cells.resize(n);
     std::iota(cells.begin(), cells.end(), begin);

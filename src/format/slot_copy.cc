@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 #include <vector>
 
 #include "base/check.h"
@@ -85,30 +86,27 @@ void copy_token_params(std::span<const Source> sources, std::span<const SourceSl
   }
 }
 
-void copy_channel_params(std::span<const Source> sources, const BlockLayout& to, std::byte* out,
-                         Tensor t, std::uint32_t head) {
+void copy_channel_params(const Source& source, const BlockLayout& to, std::byte* out, Tensor t,
+                         std::uint32_t head) {
+  const auto& [layout, block] = source;
   const TensorFormat& format = to.tensor(t);
-  const Source& first = sources.front();
   for (int cls = 0; cls < format.n_classes; ++cls) {
     const std::size_t half_plane = to.head_dim(t) * sizeof(Half);
     if (format.granularity == Granularity::kChannelwise && to.class_tokens(t, cls) > 0) {
-      const auto with_tokens = std::find_if(sources.begin(), sources.end(), [&](const Source& s) {
-        return s.layout->class_tokens(t, cls) > 0;
-      });
+      ZC_CHECK(layout->class_tokens(t, cls) > 0);
       std::memcpy(out + to.channel_scale_min(t, head, cls),
-                  with_tokens->block + with_tokens->layout->channel_scale_min(t, head, cls),
-                  2 * half_plane);
+                  block + layout->channel_scale_min(t, head, cls), 2 * half_plane);
     } else if (format.granularity == Granularity::kChannelSeparable) {
       std::memcpy(out + to.channel_factor(t, head, cls),
-                  first.block + first.layout->channel_factor(t, head, cls), half_plane);
+                  block + layout->channel_factor(t, head, cls), half_plane);
     }
   }
   if (format.wide_channels > 0) {
-    std::memcpy(out + to.wide_mask(t, head), first.block + first.layout->wide_mask(t, head),
+    std::memcpy(out + to.wide_mask(t, head), block + layout->wide_mask(t, head),
                 to.head_dim(t) / 8);
   }
   if (format.token_params == TokenParams::kByte) {
-    std::memcpy(out + to.token_base(t, head), first.block + first.layout->token_base(t, head),
+    std::memcpy(out + to.token_base(t, head), block + layout->token_base(t, head),
                 format.n_classes * sizeof(Half));
   }
 }
@@ -126,8 +124,11 @@ bool can_be_taken_apart(const BlockShape& shape) {
 
 void copy_head(std::span<const Source> sources, std::span<const SourceSlots> runs,
                const BlockLayout& to, std::byte* out, std::uint32_t head) {
+  ZC_CHECK(std::accumulate(runs.begin(), runs.end(), 0u, [](std::uint32_t n, const auto& run) {
+             return n + run.n;
+           }) == to.shape().n_tokens);
   for (const Tensor t : kTensors) {
-    copy_channel_params(sources, to, out, t, head);
+    copy_channel_params(sources.front(), to, out, t, head);
     for (int cls = 0; cls < to.tensor(t).n_classes; ++cls) {
       const std::vector<SourceSlots> of_class = runs_of_class(sources, runs, to, t, cls);
       for (std::uint32_t group = 0; group < to.n_groups(t); ++group) {

@@ -23,16 +23,17 @@ struct Source {
   const std::byte* block;
 };
 
-// `slots`, all of one source, are the next ones of the new block.
+// Slots [first, first + n) of a source: the next ones of the new block.
 struct SourceSlots {
   std::uint32_t source = 0;
   std::uint32_t first = 0, n = 0;
 };
 
 // Writes the codes and parameters of a head; parts of `out` that are not written are left alone.
-// Channel parameters are those of the first source that has tokens of the class.
-// REQUIRES: the sources and `to` differ in tokens and class sizes only, can_be_taken_apart(), and
-// `runs` hold as many slots of each class as `to`, classes in order.
+// Channel parameters are those of the first source.
+// REQUIRES: the sources and `to` differ in tokens and class sizes only, can_be_taken_apart(), the
+// first source has tokens of every class that `to` has any of, and `runs` hold as many slots of
+// each class as `to`, classes in order.
 void copy_head(std::span<const Source> sources, std::span<const SourceSlots> runs,
                const BlockLayout& to, std::byte* out, std::uint32_t head);
 

@@ -3,9 +3,7 @@
 #include <vector>
 
 #include "base/aligned.h"
-#include "base/check.h"
 #include "format/block_join.h"
-#include "format/block_params.h"
 #include "quant/block_codec.h"
 #include "quant/grid.h"
 #include "quant/row_ops.h"
@@ -65,12 +63,11 @@ void widen_channels(const BlockLayout& layout, const TensorRules& rules, std::ui
   for (std::size_t c = 0; c < width; ++c) {
     std::byte* scale_at = scales + (first + c) * sizeof(Half);
     std::byte* min_at = scale_at + dim * sizeof(Half);
-    float scale, min;
-    format::load_halves(scale_at, 1, &scale);
-    format::load_halves(min_at, 1, &min);
-    const Range old{min, min + scale * levels_of(bits)};
-    const Range wanted = widened(
-        old, clipped(layout.tensor(Tensor::kKey), rules, added[first + c], cls, group), scale);
+    const Grid stored = stored_channel_grid({layout, block}, Tensor::kKey, head, cls, first + c);
+    const Range old{stored.min, stored.min + stored.scale * levels_of(bits)};
+    const Range wanted =
+        widened(old, clipped(layout.tensor(Tensor::kKey), rules, added[first + c], cls, group),
+                stored.scale);
     if (wanted.low == old.low && wanted.high == old.high) {
       continue;
     }
@@ -83,7 +80,7 @@ void widen_channels(const BlockLayout& layout, const TensorRules& rules, std::ui
     std::array<float, 256> stood_for;
     std::array<std::uint8_t, 256> moved;
     for (std::size_t code = 0; code < n_codes; ++code) {
-      stood_for[code] = scale * static_cast<float>(code) + min;
+      stood_for[code] = stored.scale * static_cast<float>(code) + stored.min;
     }
     codes_by_row(stood_for.data(), n_codes, grid, levels_of(bits), moved.data());
     for (std::size_t slot = 0; slot < n_slots; ++slot) {

@@ -45,11 +45,6 @@ float saturated_half(float value);
 // A grid whose scale and min are stored as fp16.
 Grid half_grid(Rounding rounding, Range range, int bits);
 
-// The grid that was stored so.
-inline Grid stored_grid(float scale, float min) {
-  return {.scale = scale, .min = min, .shift = min, .divisor = scale};
-}
-
 // A grid stored as two bytes (TokenParams::kByte) under a class's base.
 // REQUIRES: a range with zero.
 struct ByteGrid {

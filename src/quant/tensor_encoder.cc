@@ -13,10 +13,32 @@
 #include "quant/row_ops.h"
 
 namespace zipcache::quant {
+namespace {
+
+float load_base(const BlockLayout& layout, const std::byte* block, Tensor tensor,
+                std::uint32_t head, int cls) {
+  float base;
+  const auto offset = static_cast<std::size_t>(cls) * sizeof(Half);
+  format::load_halves(block + layout.token_base(tensor, head) + offset, 1, &base);
+  return base;
+}
+
+}  // namespace
 
 void store_half(std::byte* to, std::size_t index, float value) {
   const Half half = float_to_half(value);
   std::memcpy(to + index * sizeof(Half), &half, sizeof(Half));
+}
+
+Grid stored_channel_grid(const Grids& of, Tensor tensor, std::uint32_t head, int cls,
+                         std::size_t channel) {
+  const std::byte* stored = of.block + of.layout.channel_scale_min(tensor, head, cls);
+  Grid grid;
+  format::load_halves(stored + channel * sizeof(Half), 1, &grid.scale);
+  format::load_halves(stored + (of.layout.head_dim(tensor) + channel) * sizeof(Half), 1, &grid.min);
+  grid.shift = grid.min;
+  grid.divisor = grid.scale;
+  return grid;
 }
 
 Range clipped(const format::TensorFormat& format, const TensorRules& rules, const Range& range,
@@ -221,7 +243,7 @@ void TensorEncoder::encode_channels(std::uint32_t head, int cls, std::uint32_t g
   for (std::size_t c = 0; c < width; ++c) {
     const Grid grid =
         given_ != nullptr
-            ? given_channel_grid(head, cls, first + c)
+            ? stored_channel_grid(*given_, tensor_, head, cls, first + c)
             : half_grid(rules_.rounding, clipped(format_, rules_, {low[c], high[c]}, cls, group),
                         bits);
     store_half(scales, first + c, grid.scale);
@@ -237,14 +259,6 @@ void TensorEncoder::encode_channels(std::uint32_t head, int cls, std::uint32_t g
   }
 }
 
-Grid TensorEncoder::given_channel_grid(std::uint32_t head, int cls, std::size_t channel) const {
-  const std::byte* stored = given_->block + given_->layout.channel_scale_min(tensor_, head, cls);
-  float scale, min;
-  format::load_halves(stored + channel * sizeof(Half), 1, &scale);
-  format::load_halves(stored + (n_channels_ + channel) * sizeof(Half), 1, &min);
-  return stored_grid(scale, min);
-}
-
 void TensorEncoder::encode_tokenwise(std::uint32_t head, int cls) {
   const std::size_t n_slots = layout_.class_tokens(tensor_, cls);
   const std::size_t n_groups = layout_.n_groups(tensor_);
@@ -254,9 +268,7 @@ void TensorEncoder::encode_tokenwise(std::uint32_t head, int cls) {
       ranges[group * n_slots + slot] = token_range(cls, group, slot);
     }
   }
-  const std::vector<Grid> grids = format_.token_params == TokenParams::kByte
-                                      ? store_byte_grids(head, cls, ranges)
-                                      : store_half_grids(head, cls, ranges);
+  const std::vector<Grid> grids = store_token_grids(head, cls, ranges);
 
   const std::size_t first = layout_.first_slot(tensor_, cls);
   const std::size_t width = layout_.group_channels(tensor_);
@@ -281,9 +293,7 @@ void TensorEncoder::stretch_token(std::uint32_t head, int cls, std::uint32_t gro
   std::byte* scales = block_ + layout_.token_scale_min(tensor_, head, group);
   const std::size_t at = slot - layout_.first_param_slot(tensor_);
   if (format_.token_params == TokenParams::kByte) {
-    float base;
-    const auto offset = static_cast<std::size_t>(cls) * sizeof(Half);
-    format::load_halves(block_ + layout_.token_base(tensor_, head) + offset, 1, &base);
+    const float base = load_base(layout_, block_, tensor_, head, cls);
     scales[at] = std::byte{format::encode_byte_scale(base, grid.scale * stretch)};
   } else {
     store_half(scales, at, saturated_half(grid.scale * stretch));
@@ -300,54 +310,46 @@ Range TensorEncoder::token_range(int cls, std::uint32_t group, std::size_t slot)
   return format_.token_params == TokenParams::kByte ? with_zero(range) : range;
 }
 
-std::vector<Grid> TensorEncoder::store_half_grids(std::uint32_t head, int cls,
-                                                  const std::vector<Range>& ranges) {
+std::vector<Grid> TensorEncoder::store_token_grids(std::uint32_t head, int cls,
+                                                   const std::vector<Range>& ranges) {
+  const int bits = format_.bits[cls];
+  const bool in_bytes = format_.token_params == TokenParams::kByte;
+  const float base = in_bytes ? store_base(head, cls, ranges) : 0.0f;
   const std::size_t n_slots = layout_.class_tokens(tensor_, cls);
-  const std::size_t first = layout_.first_slot(tensor_, cls);
+  const std::size_t first = layout_.first_slot(tensor_, cls) - layout_.first_param_slot(tensor_);
+  const std::size_t n_stored = layout_.param_slots(tensor_);
   std::vector<Grid> grids(ranges.size());
   for (std::size_t g = 0; g < grids.size(); ++g) {
     const auto group = static_cast<std::uint32_t>(g / n_slots);
-    const std::size_t slot = first + g % n_slots;
+    const std::size_t at = first + g % n_slots;
     std::byte* scales = block_ + layout_.token_scale_min(tensor_, head, group);
-    grids[g] = half_grid(rules_.rounding, ranges[g], format_.bits[cls]);
-    store_half(scales, slot - layout_.first_param_slot(tensor_), grids[g].scale);
-    store_half(scales + layout_.param_slots(tensor_) * sizeof(Half),
-               slot - layout_.first_param_slot(tensor_), grids[g].min);
+    if (in_bytes) {
+      const ByteGrid byte = byte_grid(ranges[g], base, bits);
+      scales[at] = std::byte{byte.scale_code};
+      scales[n_stored + at] = std::byte{byte.zero_point};
+      grids[g] = byte.grid;
+    } else {
+      grids[g] = half_grid(rules_.rounding, ranges[g], bits);
+      store_half(scales, at, grids[g].scale);
+      store_half(scales, n_stored + at, grids[g].min);
+    }
   }
   return grids;
 }
 
-std::vector<Grid> TensorEncoder::store_byte_grids(std::uint32_t head, int cls,
-                                                  const std::vector<Range>& ranges) {
-  const int bits = format_.bits[cls];
+float TensorEncoder::store_base(std::uint32_t head, int cls, const std::vector<Range>& ranges) {
   float base;
   if (given_ != nullptr) {
-    format::load_halves(given_->block + given_->layout.token_base(tensor_, head) +
-                            static_cast<std::size_t>(cls) * sizeof(Half),
-                        1, &base);
+    base = load_base(given_->layout, given_->block, tensor_, head, cls);
   } else {
     float widest = 0.0f;
     for (const Range& range : ranges) {
       widest = std::max(widest, range.high - range.low);
     }
-    base = format::byte_scale_base(widest / levels_of(bits));
+    base = format::byte_scale_base(widest / levels_of(format_.bits[cls]));
   }
   store_half(block_ + layout_.token_base(tensor_, head), cls, base);
-
-  const std::size_t n_slots = layout_.class_tokens(tensor_, cls);
-  const std::size_t first = layout_.first_slot(tensor_, cls);
-  std::vector<Grid> grids(ranges.size());
-  for (std::size_t g = 0; g < grids.size(); ++g) {
-    const auto group = static_cast<std::uint32_t>(g / n_slots);
-    const std::size_t slot = first + g % n_slots;
-    std::byte* scales = block_ + layout_.token_scale_min(tensor_, head, group);
-    const ByteGrid byte = byte_grid(ranges[g], base, bits);
-    const std::size_t at = slot - layout_.first_param_slot(tensor_);
-    scales[at] = std::byte{byte.scale_code};
-    scales[layout_.param_slots(tensor_) + at] = std::byte{byte.zero_point};
-    grids[g] = byte.grid;
-  }
-  return grids;
+  return base;
 }
 
 void TensorEncoder::pack(std::uint32_t head, int cls, std::uint32_t group) {

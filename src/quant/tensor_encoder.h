@@ -32,6 +32,10 @@ void encode_on(const Grids* given, const BlockLayout& layout, const QuantRules& 
                std::span<const float> keys, std::span<const float> values,
                std::span<const std::uint8_t> tiers, std::byte* block, TaskTeam* team);
 
+// Of a channelwise tensor, `channel` in stored order.
+Grid stored_channel_grid(const Grids& of, Tensor tensor, std::uint32_t head, int cls,
+                         std::size_t channel);
+
 // What is kept of a range: wide channels are group 0 where there are any.
 Range clipped(const format::TensorFormat& format, const TensorRules& rules, const Range& range,
               int cls, std::uint32_t group);
@@ -72,15 +76,15 @@ class TensorEncoder {
   // (scale, min) per channel.
   void encode_channels(std::uint32_t head, int cls, std::uint32_t group, std::uint32_t set,
                        std::size_t end);
-  Grid given_channel_grid(std::uint32_t head, int cls, std::size_t channel) const;
   void encode_tokenwise(std::uint32_t head, int cls);
   void stretch_token(std::uint32_t head, int cls, std::uint32_t group, std::size_t slot,
                      const Grid& grid, float stretch);
 
   // After clipping; kByte grids always hold 0.
   Range token_range(int cls, std::uint32_t group, std::size_t slot);
-  std::vector<Grid> store_half_grids(std::uint32_t head, int cls, const std::vector<Range>& ranges);
-  std::vector<Grid> store_byte_grids(std::uint32_t head, int cls, const std::vector<Range>& ranges);
+  std::vector<Grid> store_token_grids(std::uint32_t head, int cls,
+                                      const std::vector<Range>& ranges);
+  float store_base(std::uint32_t head, int cls, const std::vector<Range>& ranges);
 
   // codes_ [slots of the class][channels of the group] -> the block's matrix.
   void pack(std::uint32_t head, int cls, std::uint32_t group);
