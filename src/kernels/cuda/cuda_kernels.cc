@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <string>
+#include <type_traits>
 
 #include "base/check.h"
 #include "kernels/cuda/launch.h"
@@ -54,17 +55,21 @@ Status check_classes(const char* what, int head_dim, std::span<const PageClass> 
   return ok_status();
 }
 
-// One of three instantiations.
+// The launcher that a shape has.
 template <typename Call>
-cudaError_t with_head_dim(int head_dim, Call call) {
-  switch (head_dim) {
-    case 64:
-      return call(DecodeLauncher<64>());
-    case 128:
-      return call(DecodeLauncher<128>());
-    default:
-      return call(DecodeLauncher<256>());
-  }
+cudaError_t with_launcher(int head_dim, int group, Call call) {
+  const auto with_head_dim = [&]<int kLaneHeads>(std::integral_constant<int, kLaneHeads>) {
+    switch (head_dim) {
+      case 64:
+        return call(DecodeLauncher<64, kLaneHeads>());
+      case 128:
+        return call(DecodeLauncher<128, kLaneHeads>());
+      default:
+        return call(DecodeLauncher<256, kLaneHeads>());
+    }
+  };
+  return decode_lane_heads(group) == 1 ? with_head_dim(std::integral_constant<int, 1>())
+                                       : with_head_dim(std::integral_constant<int, 2>());
 }
 
 }  // namespace
@@ -90,6 +95,7 @@ Expected<DecodeSetup> prepare_decode(int head_dim, int group, std::span<const Pa
 
   // As many slots as let the registers' number of blocks stay; at least two, if the block may.
   DecodeSetup setup;
+  setup.shared.group = group;
   for (const PageClass cls : classes) {
     setup.shared.slot_bytes = std::max(setup.shared.slot_bytes, tile_bytes(head_dim, cls));
   }
@@ -99,14 +105,15 @@ Expected<DecodeSetup> prepare_decode(int head_dim, int group, std::span<const Pa
   setup.shared.n_slots =
       std::clamp((per_block - fixed) / per_slot, std::clamp((block_limit - fixed) / per_slot, 1, 2),
                  kMaxRingSlots);
-  const int shared_bytes = decode_shared_bytes(head_dim, group, setup.shared);
+  const int shared_bytes = decode_shared_bytes(head_dim, setup.shared);
   if (shared_bytes > block_limit) {
     return missing("decode", std::to_string(shared_bytes) + " bytes of shared memory per block",
                    std::to_string(block_limit));
   }
   int blocks_per_sm = 0;
-  const cudaError_t error = with_head_dim(
-      head_dim, [&](auto launcher) { return launcher.prepare(shared_bytes, &blocks_per_sm); });
+  const cudaError_t error = with_launcher(head_dim, group, [&](auto launcher) {
+    return launcher.prepare(shared_bytes, &blocks_per_sm);
+  });
   if (error != cudaSuccess) {
     return to_status(error, "decode").error();
   }
@@ -119,11 +126,12 @@ Status decode(const DecodeParams& params, const DecodeSetup& setup, Stream strea
       !status) {
     return status;
   }
+  ZC_CHECK(params.n_heads == params.n_kv_heads * setup.shared.group);
   if (params.n_sequences == 0) {
     return ok_status();
   }
   return to_status(
-      with_head_dim(params.head_dim,
+      with_launcher(params.head_dim, setup.shared.group,
                     [&](auto launcher) { return launcher.launch(params, setup.shared, stream); }),
       "decode");
 }

@@ -16,20 +16,23 @@ namespace zipcache::cuda {
 inline constexpr int kFoldTiles = 32;
 
 struct ItemHead {
-  int row, n_pages, next, set, n_tokens, next_set;
+  int row, n_pages, next, set, n_tokens, next_set, value_offset;
   uint32_t bits, next_bits;
 };
 __device__ __forceinline__ ItemHead load_item(const DecodeParams& params, int index) {
-  const uint4 a = ptx::load_16(params.items + index);
-  const uint4 b = ptx::load_16(reinterpret_cast<const uint4*>(params.items + index) + 1);
-  return {static_cast<int>(a.x),
-          static_cast<int>(a.z),
-          static_cast<int>(a.w),
-          static_cast<int>(b.x),
-          static_cast<int>(b.z),
-          static_cast<int>(b.w),
-          b.y,
-          __ldg(&params.items[index].next_bits)};
+  const WorkItem* item = params.items + index;
+  const uint4 a = ptx::load_16(item), b = ptx::load_16(&item->set);
+  ItemHead head;
+  head.row = static_cast<int>(a.x);
+  head.n_pages = static_cast<int>(a.z);
+  head.next = static_cast<int>(a.w);
+  head.set = static_cast<int>(b.x);
+  head.bits = b.y;
+  head.n_tokens = static_cast<int>(b.z);
+  head.next_set = static_cast<int>(b.w);
+  head.next_bits = __ldg(&item->next_bits);
+  head.value_offset = __ldg(&item->value_offset);
+  return head;
 }
 
 // --- Merging states of one head ------------------------------------------------------------------
@@ -201,12 +204,11 @@ __device__ __forceinline__ void merge_partials(const DecodeParams& params, int f
 
 // The warps' unnormalised states become the row's result, or one of its partial results. All
 // threads call this; shared memory is free again when it returns.
-template <int kHeadDim>
-__device__ __forceinline__ void finish_part(const DecodeParams& params, int item, int row,
-                                            const RowState<kHeadDim>& state, uint8_t* shared,
-                                            int warp, int lane) {
+template <int kHeadDim, int kLaneHeads>
+__device__ __forceinline__ void finish_part(const DecodeParams& params, int group, int item,
+                                            int row, const RowState<kHeadDim, kLaneHeads>& state,
+                                            uint8_t* shared, int warp, int lane) {
   constexpr int kWarps = decode_warps(kHeadDim);
-  const int group = params.n_heads / params.n_kv_heads;
   const DecodeShared at = decode_shared(kHeadDim, group);
   float2* states = reinterpret_cast<float2*>(shared + at.states);
   float* outputs = reinterpret_cast<float*>(shared + at.outputs);
@@ -217,12 +219,12 @@ __device__ __forceinline__ void finish_part(const DecodeParams& params, int item
 
   const int g = lane >> 2;
 #pragma unroll
-  for (int e = 0; e < 2; ++e) {
+  for (int e = 0; e < kLaneHeads; ++e) {
     float sum = state.sum[e];
     sum += __shfl_xor_sync(ptx::kFullWarp, sum, 4);
     sum += __shfl_xor_sync(ptx::kFullWarp, sum, 8);
     sum += __shfl_xor_sync(ptx::kFullWarp, sum, 16);
-    const int head = (lane & 3) * 2 + e;
+    const int head = (lane & 3) * kLaneHeads + e;
     if (head < group) {
       if (g == 0) {
         states[head * kWarps + warp] = {state.max[e], sum};
@@ -285,11 +287,10 @@ __device__ __forceinline__ void finish_part(const DecodeParams& params, int item
 // What DecodeStore says of a row, as token `at` of its tail. All threads call this; what it wrote
 // is there for them after a barrier.
 template <int kHeadDim>
-__device__ __forceinline__ void store_token(const DecodeParams& params, int row, int at,
+__device__ __forceinline__ void store_token(const DecodeParams& params, int group, int row, int at,
                                             const float* q) {
   const DecodeStore& store = params.store;
   const int sequence = row / params.n_kv_heads, head = row % params.n_kv_heads;
-  const int group = params.n_heads / params.n_kv_heads;
   const auto to_half = [](float x) { return static_cast<HalfBits>(ptx::pack_half2(x, 0)); };
   const float* k = store.k + sequence * store.k_stride + head * kHeadDim;
   const float* v = store.v + sequence * store.v_stride + head * kHeadDim;
@@ -320,7 +321,7 @@ __device__ __forceinline__ void store_token(const DecodeParams& params, int row,
 
 // --- The kernel ----------------------------------------------------------------------------------
 
-template <int kHeadDim>
+template <int kHeadDim, int kLaneHeads>
 __global__ void __launch_bounds__(decode_threads(kHeadDim), kDecodeBlocksPerSm)
     decode_kernel(const __grid_constant__ DecodeParams params,
                   const __grid_constant__ DecodeSharedPlan plan) {
@@ -328,7 +329,7 @@ __global__ void __launch_bounds__(decode_threads(kHeadDim), kDecodeBlocksPerSm)
   uint8_t* const shared = ptx::dynamic_shared();
   const int warp = __shfl_sync(ptx::kFullWarp, static_cast<int>(threadIdx.x) / kWarpLanes, 0);
   const int lane = threadIdx.x % kWarpLanes;
-  const int group = params.n_heads / params.n_kv_heads;
+  const int group = plan.group;
   const DecodeShared at = decode_shared(kHeadDim, group);
 
   ptx::let_next_launch_start();
@@ -336,8 +337,8 @@ __global__ void __launch_bounds__(decode_threads(kHeadDim), kDecodeBlocksPerSm)
                           shared + at.slots + warp * plan.n_slots * plan.slot_bytes, plan,
                           blockIdx.x, warp, lane);
   ptx::wait_for_launch_before();
-  QueryOperand<kHeadDim> query(params, shared, shared + at.query_stats);
-  RowState<kHeadDim> state;
+  QueryOperand<kHeadDim, kLaneHeads> query(params, group, shared, shared + at.query_scalars, lane);
+  RowState<kHeadDim, kLaneHeads> state;
   state.clear();
   int value_bits = 0, tiles_since_fold = 0;
   int folded_set = -1;  // of this row
@@ -346,7 +347,6 @@ __global__ void __launch_bounds__(decode_threads(kHeadDim), kDecodeBlocksPerSm)
   do {
     const ItemHead item = load_item(params, index);
     const PageClass cls = item_class(item.bits);
-    const int value_offset = tile_value_offset(kHeadDim, cls);
     const float* q = params.q + static_cast<int64_t>(item.row) * group * kHeadDim;
     const float* factors = params.value_factors + static_cast<int64_t>(item.row) * kHeadDim;
     if (warp == 0 && lane < kHeadDim / 32) {  // 128 bytes each: for the next item, and for the end
@@ -384,7 +384,7 @@ __global__ void __launch_bounds__(decode_threads(kHeadDim), kDecodeBlocksPerSm)
       const int tokens = min(item.n_tokens - tile * kTileTokens, kTileTokens);
       const uint8_t* bytes = ring.wait();
       if (tokens > 0) {
-        state.add_tile(bytes, cls, value_offset, tokens, query, lane);
+        state.add_tile(bytes, cls, item.value_offset, tokens, query, lane);
       }
       ring.release(params, lane);
     }
@@ -397,7 +397,7 @@ __global__ void __launch_bounds__(decode_threads(kHeadDim), kDecodeBlocksPerSm)
         const int tokens = __ldg(params.tail_tokens + item.row / params.n_kv_heads);
         const int64_t base = static_cast<int64_t>(item.row) * kTailTokens * kHeadDim;
         if (params.store.k != nullptr) {
-          store_token<kHeadDim>(params, item.row, tokens - 1, q);
+          store_token<kHeadDim>(params, group, item.row, tokens - 1, q);
         }
         query.take(q, {FoldKeys::kTail, {kHalfBits}}, {}, warp, lane);
         // Half a tile per warp: its loads follow each other, so more warps wait for fewer.
@@ -409,7 +409,7 @@ __global__ void __launch_bounds__(decode_threads(kHeadDim), kDecodeBlocksPerSm)
                          query, lane);
         }
       }
-      finish_part<kHeadDim>(params, index, item.row, state, shared, warp, lane);
+      finish_part<kHeadDim>(params, group, index, item.row, state, shared, warp, lane);
       state.clear();
       value_bits = 0;
       folded_set = -1;

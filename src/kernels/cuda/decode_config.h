@@ -17,8 +17,14 @@ ZC_HOST_DEVICE constexpr int decode_threads(int head_dim) {
 }
 inline constexpr int kDecodeBlocksPerSm = 2;
 
+// Query heads that a lane works for: half of the matrix instruction's columns, each twice, serve
+// groups up to 4.
+inline constexpr int kMaxLaneHeads = 2;
+ZC_HOST_DEVICE constexpr int decode_lane_heads(int group) { return group <= 4 ? 1 : kMaxLaneHeads; }
+
 // What a launch decides about shared memory.
 struct DecodeSharedPlan {
+  int group = 1;       // query heads per KV head
   int n_slots = 0;     // of each warp's ring, 1..kMaxRingSlots
   int slot_bytes = 0;  // the largest tile of the launch
 };
@@ -36,35 +42,39 @@ class WarpTurn {
   int next_ = 0;  // the warp that takes the next tile
 };
 
+// Columns of a query operand: the lanes' 16-byte units of 32 channels of all heads.
+ZC_HOST_DEVICE constexpr int query_columns(int lane_heads) {
+  return kWarpLanes * lane_heads / kMaxLaneHeads;
+}
+ZC_HOST_DEVICE constexpr int query_operand_bytes(int head_dim, int lane_heads) {
+  return head_dim / 32 * query_columns(lane_heads) * 16;
+}
+inline constexpr int kQueryScalarBytes = kMaxGroup * 8;  // of an operand
+
 // Shared memory of a block:
-//   [two query operands][partial results of folding the query]
+//   [four query operands][scalars of each]
 //   [max and sum of each warp and head][outputs of each warp and head]
 //   [flag, barriers of each warp's ring][ring slots of each warp]
 struct DecodeShared {
-  int query_stats, states, outputs, control, slots;  // offsets; the query operands are at 0
+  int query_scalars, states, outputs, control, slots;  // offsets; the query operands are at 0
 };
 inline constexpr int kRingControlBytes = kMaxRingSlots * 8;
 inline constexpr int kFlagBytes = 64;
-// Floats of the statistics of one operand: [3 kinds][heads][head_dim / 32 chunks].
-ZC_HOST_DEVICE constexpr int query_stat_floats(int head_dim) {
-  return 3 * (head_dim / 32) * kMaxGroup;
-}
 // Floats between the outputs of two heads; + 4 spreads the lanes of a store over the banks.
 ZC_HOST_DEVICE constexpr int output_stride(int head_dim) { return head_dim + 4; }
 ZC_HOST_DEVICE constexpr DecodeShared decode_shared(int head_dim, int group) {
   const int warps = decode_warps(head_dim);
   DecodeShared at{};
-  at.query_stats = 2 * kMaxGroup * head_dim * 2;
-  at.states = at.query_stats + 4 * query_stat_floats(head_dim) * 4;
+  at.query_scalars = 4 * query_operand_bytes(head_dim, decode_lane_heads(group));
+  at.states = at.query_scalars + 4 * kQueryScalarBytes;
   at.outputs = at.states + warps * kMaxGroup * 8;
   at.control = at.outputs + warps * group * output_stride(head_dim) * 4;
   const int end = at.control + kFlagBytes + warps * kRingControlBytes;
   at.slots = (end + kTileAlignment - 1) / kTileAlignment * kTileAlignment;
   return at;
 }
-ZC_HOST_DEVICE constexpr int decode_shared_bytes(int head_dim, int group,
-                                                 const DecodeSharedPlan& plan) {
-  return decode_shared(head_dim, group).slots +
+ZC_HOST_DEVICE constexpr int decode_shared_bytes(int head_dim, const DecodeSharedPlan& plan) {
+  return decode_shared(head_dim, plan.group).slots +
          decode_warps(head_dim) * plan.n_slots * plan.slot_bytes;
 }
 

@@ -1,5 +1,6 @@
 #include "kernels/cuda/decode_launch.cuh"
 
 namespace zipcache::cuda {
-template struct DecodeLauncher<256>;
+template struct DecodeLauncher<256, 1>;
+template struct DecodeLauncher<256, 2>;
 }  // namespace zipcache::cuda

@@ -2,8 +2,9 @@
 // the online softmax, the weighted sum of values. See docs/device_format.md for the algebra.
 //
 // Matrix shapes: tokens are the rows and query heads the columns of the scores; channels are the
-// rows and query heads the columns of the output. So lane (g, i) has heads 2i and 2i+1 in both, of
-// tokens g + 8 * k and of the channels that value_position() gives it.
+// rows and query heads the columns of the output. So lane (g, i) has columns 2i and 2i+1 in both,
+// of tokens g + 8 * k and of the channels that value_position() gives it: heads 2i and 2i+1, or
+// head i twice (QueryOperand), of which only the first is looked at.
 #pragma once
 
 #include "kernels/cuda/params.h"
@@ -17,14 +18,15 @@ namespace zipcache::cuda {
 inline constexpr float kRescaleThreshold = 8.0f;
 inline constexpr float kNoScore = -1e30f;  // a finite "no maximum yet": no NaN from inf - inf
 
-template <int kHeadDim>
+template <int kHeadDim, int kLaneHeads>
 struct RowState {
   static constexpr int kBlocks = kHeadDim / 16;
+  using Query = QueryOperand<kHeadDim, kLaneHeads>;
 
   float acc[kBlocks][4];  // in the units of the value width at hand: sum of p * s * (1 + r * v)
   float side[4];          // row 0: sum of p * s, row 1: sum of p * s * z, of the same rounded p * s
-  float max[2];           // what the weights of heads 2i, 2i+1 refer to
-  float sum[2];           // of unrounded weights, this lane's tokens only
+  float max[kLaneHeads];  // what the weights of the lane's heads refer to
+  float sum[kLaneHeads];  // of unrounded weights, this lane's tokens only
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
@@ -32,34 +34,34 @@ struct RowState {
       acc[block][0] = acc[block][1] = acc[block][2] = acc[block][3] = 0;
     }
     side[0] = side[1] = side[2] = side[3] = 0;
-    max[0] = max[1] = kNoScore;
-    sum[0] = sum[1] = 0;
+#pragma unroll
+    for (int e = 0; e < kLaneHeads; ++e) {
+      max[e] = kNoScore;
+      sum[e] = 0;
+    }
   }
 
   // Raises the maxima to those of the whole warp and rescales what was summed so far.
-  __device__ __forceinline__ void raise_max(float (&largest)[2]) {
-    float factor[2];
+  __device__ __forceinline__ void raise_max(float (&largest)[kLaneHeads]) {
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
+    for (int e = 0; e < kLaneHeads; ++e) {
       largest[e] = fmaxf(largest[e], __shfl_xor_sync(ptx::kFullWarp, largest[e], 4));
       largest[e] = fmaxf(largest[e], __shfl_xor_sync(ptx::kFullWarp, largest[e], 8));
       largest[e] = fmaxf(largest[e], __shfl_xor_sync(ptx::kFullWarp, largest[e], 16));
       largest[e] = fmaxf(largest[e], max[e]);
-      factor[e] = ptx::exp2(max[e] - largest[e]);
+      const float factor = ptx::exp2(max[e] - largest[e]);
       max[e] = largest[e];
-      sum[e] *= factor[e];
-    }
+      sum[e] *= factor;
+      side[e] *= factor;
 #pragma unroll
-    for (int block = 0; block < kBlocks; ++block) {
-      acc[block][0] *= factor[0], acc[block][1] *= factor[1];
-      acc[block][2] *= factor[0], acc[block][3] *= factor[1];
+      for (int block = 0; block < kBlocks; ++block) {
+        acc[block][e] *= factor, acc[block][2 + e] *= factor;
+      }
     }
-    side[0] *= factor[0], side[1] *= factor[1];
   }
 
   // Scores (times norm) to weights p in place; adds them up.
-  __device__ __forceinline__ void softmax(float (&s)[2][4], const QueryOperand<kHeadDim>& q,
-                                          int tokens, int lane) {
+  __device__ __forceinline__ void softmax(float (&s)[2][4], const Query& q, int tokens, int lane) {
     if (tokens < kTileTokens) {
 #pragma unroll
       for (int part = 0; part < 4; ++part) {
@@ -68,10 +70,10 @@ struct RowState {
         }
       }
     }
-    float largest[2];
+    float largest[kLaneHeads];
     bool exceeds = false;
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
+    for (int e = 0; e < kLaneHeads; ++e) {
       largest[e] = fmaxf(fmaxf(s[0][e], s[0][2 + e]), fmaxf(s[1][e], s[1][2 + e]));
       largest[e] *= q.inverse_norm[e];
       exceeds |= largest[e] > max[e] + kRescaleThreshold;
@@ -82,7 +84,7 @@ struct RowState {
 #pragma unroll
     for (int part = 0; part < 4; ++part) {
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
+      for (int e = 0; e < kLaneHeads; ++e) {
         float& score = s[part / 2][part % 2 * 2 + e];
         score = ptx::exp2(fmaf(score, q.inverse_norm[e], -max[e]));
         sum[e] += score;
@@ -98,7 +100,7 @@ struct RowState {
       return;  // nothing summed yet
     }
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
+    for (int e = 0; e < kLaneHeads; ++e) {
       const float weight = __shfl_sync(ptx::kFullWarp, side[e], lane & 3);
       const float zeros = __shfl_sync(ptx::kFullWarp, side[e], 4 + (lane & 3));
 #pragma unroll
@@ -126,8 +128,10 @@ struct RowState {
         const float4 f = __ldg(from + pair);
         float(&a)[4] = acc[part * 4 + pair * 2];
         float(&b)[4] = acc[part * 4 + pair * 2 + 1];
-        a[0] *= f.x, a[1] *= f.x, a[2] *= f.y, a[3] *= f.y;
-        b[0] *= f.z, b[1] *= f.z, b[2] *= f.w, b[3] *= f.w;
+#pragma unroll
+        for (int e = 0; e < kLaneHeads; ++e) {
+          a[e] *= f.x, a[2 + e] *= f.y, b[e] *= f.z, b[2 + e] *= f.w;
+        }
       }
     }
   }
@@ -139,35 +143,36 @@ struct RowState {
 #pragma unroll
     for (int part = 0; part < 4; ++part) {
       const float low = p[part / 2][part % 2 * 2] * scales[part];
-      const float high = p[part / 2][part % 2 * 2 + 1] * scales[part];
+      const float high = kLaneHeads == 1 ? low : p[part / 2][part % 2 * 2 + 1] * scales[part];
       operand[part / 2][part % 2] = ptx::transpose_8x8(ptx::pack_half2(low, high));
     }
   }
 
   // One tile of codes in shared memory, whose values start at `value_offset`.
   __device__ __forceinline__ void add_tile(const uint8_t* tile, PageClass cls, int value_offset,
-                                           int tokens, const QueryOperand<kHeadDim>& q, int lane) {
+                                           int tokens, const Query& q, int lane) {
+    constexpr int kColumns = Query::kColumns;
+    const uint4* column = q.column();
     float s[2][4];
 #pragma unroll
-    for (int block = 0; block < 2; ++block) {
-      s[block][0] = s[block][2] = q.start[0];
-      s[block][1] = s[block][3] = q.start[1];
+    for (int n = 0; n < 4; ++n) {
+      s[0][n] = s[1][n] = q.start[n % kLaneHeads];
     }
     if (cls.wide_chunks > 0) {
-      multiply_wide_keys<kHeadDim>(tile, cls.wide_chunks, lane, q.column(lane), s);
+      multiply_wide_keys<kHeadDim, kColumns>(tile, cls.wide_chunks, lane, column, s);
     } else {
       switch (cls.key_bits) {
         case 2:
-          multiply_keys<kHeadDim, 2>(tile, lane, q.column(lane), s);
+          multiply_keys<kHeadDim, 2, kColumns>(tile, lane, column, s);
           break;
         case 3:
-          multiply_keys<kHeadDim, 3>(tile, lane, q.column(lane), s);
+          multiply_keys<kHeadDim, 3, kColumns>(tile, lane, column, s);
           break;
         case 4:
-          multiply_keys<kHeadDim, 4>(tile, lane, q.column(lane), s);
+          multiply_keys<kHeadDim, 4, kColumns>(tile, lane, column, s);
           break;
         default:
-          multiply_keys<kHeadDim, 8>(tile, lane, q.column(lane), s);
+          multiply_keys<kHeadDim, 8, kColumns>(tile, lane, column, s);
           break;
       }
     }
@@ -210,7 +215,7 @@ struct RowState {
   // `tokens` (1..32) of the fp16 tail. REQUIRES: apply_factors() was
   // called.
   __device__ __forceinline__ void add_tail(const HalfBits* k, const HalfBits* v, int tokens,
-                                           const QueryOperand<kHeadDim>& q, int lane) {
+                                           const Query& q, int lane) {
     const int g = lane >> 2, i = lane & 3;
     const auto row = [&](const HalfBits* base, int token, int channel) {
       const uint32_t offset = min(token, tokens - 1) * kHeadDim + channel;  // 32 bits: no spills
@@ -219,12 +224,16 @@ struct RowState {
     float s[2][4] = {};
 #pragma unroll 1  // here and below: the loads of a whole tile at once would spill
     for (int block = 0; block * 16 < tokens; ++block) {
-      float part[4] = {q.start[0], q.start[1], q.start[0], q.start[1]};
+      float part[4];
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        part[n] = q.start[n % kLaneHeads];
+      }
 #pragma unroll 1
       for (int chunk = 0; chunk < kHeadDim / 32; ++chunk) {
         const uint4 upper = row(k, block * 16 + g, chunk * 32 + i * 8);
         const uint4 lower = row(k, block * 16 + g + 8, chunk * 32 + i * 8);
-        const uint4 b = q.column(lane)[chunk * kWarpLanes];
+        const uint4 b = q.column()[chunk * Query::kColumns];
         ptx::mma_16x8x16(part, {upper.x, lower.x, upper.y, lower.y}, b.x, b.y);
         ptx::mma_16x8x16(part, {upper.z, lower.z, upper.w, lower.w}, b.z, b.w);
       }

@@ -60,8 +60,8 @@ cudaError_t launch_batch(bool start_early, void (*kernel)(Expected...), dim3 blo
                              others...);
 }
 
-// The decode kernel of one head_dim; instantiated in decode_d*.cu.
-template <int kHeadDim>
+// The decode kernel of one head_dim and decode_lane_heads(); instantiated in decode_d*.cu.
+template <int kHeadDim, int kLaneHeads>
 struct DecodeLauncher {
   // Allows the kernel `shared_bytes` and says how many of its blocks an SM then holds.
   static cudaError_t prepare(int shared_bytes, int* blocks_per_sm);

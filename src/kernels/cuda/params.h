@@ -26,11 +26,13 @@ struct alignas(128) WorkItem {
   std::int32_t n_partials = 0;     // 1: the block has the whole row and writes the result itself
   std::int32_t partial = 0;        // the block's slot
   std::uint32_t next_bits = 0;     // item_class_bits() of next_set
+  std::int32_t tile_bytes = 0;     // of its class
+  std::int32_t value_offset = 0;   // of its tiles
   // The first pages again: they come with the item, in one trip to memory less.
   struct Page {
     std::uint32_t unit = 0;
   } pages[kItemPages];
-  std::int32_t unused[8] = {};
+  std::int32_t unused[6] = {};
 };
 ZC_HOST_DEVICE constexpr std::uint32_t item_class_bits(PageClass cls) {
   return static_cast<std::uint32_t>(cls.key_bits | cls.value_bits << 4 | cls.wide_chunks << 8 |

@@ -229,6 +229,8 @@ class Planner {
         const PageEntry first = input_.pages[page];
         item.set = input_.set_base[piece.row] + first.set;
         item.bits = item_class_bits(class_of(page));
+        item.tile_bytes = tile_bytes(input_.head_dim, class_of(page));
+        item.value_offset = tile_value_offset(input_.head_dim, class_of(page));
         bool full = true;
         while (page < piece.end && full && input_.pages[page].set == first.set &&
                input_.pages[page].cls == first.cls) {

@@ -40,7 +40,7 @@ class TileRing {
 #endif
     }
     __syncwarp();
-    find_tile(params, lane);
+    find_tiles(params, lane);
     for (int slot = 0; slot < n_slots_; ++slot) {
       fill(params, slot, lane);
     }
@@ -63,41 +63,50 @@ class TileRing {
   }
 
  private:
-  static_assert(kWarps % kTilesPerPage == 0);  // a warp's tiles of an item: one place in the pages
+  static_assert(kWarps % kTilesPerPage == 0);
 
   __device__ __forceinline__ uint32_t barrier(int slot) const { return control_ + slot * 8; }
 
-  // Makes next_ a tile that is there, and lets each lane look up one of the 32 from there on.
-  __device__ __forceinline__ void find_tile(const DecodeParams& params, int lane) {
+  // REQUIRES: no tile is known that is not fetched. Finds the next ones, up to 32 of an item, of
+  // which each lane looks one up.
+  __device__ __forceinline__ void find_tiles(const DecodeParams& params, int lane) {
+    if (next_ < n_tiles_) {
+      const int page = page_of(min(next_ + lane, n_tiles_ - 1));
+      unit_ = __ldg(&params.pages[first_page_ + page].unit) + unit_in_page();
+    }
     while (next_ >= n_tiles_ && next_item_ >= 0) {
       const WorkItem* item = params.items + next_item_;
-      // Before it is known whether there is such a page: one trip to memory instead of two.
       first_ = turn_.first(warp_);
+      // Before it is known whether there is such a page: one trip to memory instead of two.
       unit_ = __ldg(&item->pages[min(page_of(lane), kItemPages - 1)].unit);
       const uint4 head = ptx::load_16(item);
-      const uint32_t bits = __ldg(&item->bits);
+      tile_bytes_ = __ldg(&item->tile_bytes);
       next_ = 0;
       const int n_tiles = static_cast<int>(head.z) * kTilesPerPage;
       n_tiles_ = (n_tiles - first_ + kWarps - 1) / kWarps;
       turn_.pass(n_tiles);
       first_page_ = static_cast<int>(head.y);
       next_item_ = static_cast<int>(head.w);
-      tile_bytes_ = tile_bytes(kHeadDim, item_class(bits));
       if (next_item_ >= 0) {
         ptx::prefetch(params.items + next_item_);
       }
+      if (page_of(lane) >= kItemPages && lane < n_tiles_) {
+        unit_ = __ldg(&params.pages[first_page_ + page_of(lane)].unit);
+      }
+      unit_ += unit_in_page();
     }
-    const int page = page_of(next_ + lane);
-    if (next_ % kWarpLanes == 0 && next_ + lane < n_tiles_ && page >= kItemPages) {
-      unit_ = __ldg(&params.pages[first_page_ + page].unit);
-    }
+    known_ = min(next_ + kWarpLanes, n_tiles_);
   }
   __device__ __forceinline__ int page_of(int tile) const {
     return (first_ + tile * kWarps) / kTilesPerPage;
   }
+  // All tiles of a warp's item are at the same place of their pages.
+  __device__ __forceinline__ uint32_t unit_in_page() const {
+    return static_cast<uint32_t>(first_ % kTilesPerPage * tile_bytes_ / kTileAlignment);
+  }
 
   __device__ __forceinline__ void fill(const DecodeParams& params, int slot, int lane) {
-    if (next_ >= n_tiles_) {
+    if (next_ >= known_) {
       return;
     }
     const int holder = next_ % kWarpLanes;
@@ -114,13 +123,13 @@ class TileRing {
     }
     ptx::arrive_after_copies(barrier(slot));
 #endif
-    ++next_;
-    find_tile(params, lane);
+    if (++next_ == known_) {
+      find_tiles(params, lane);
+    }
   }
-  __device__ __forceinline__ const uint8_t* address_of(const DecodeParams& params,
-                                                       uint32_t unit) const {
-    return params.pool + static_cast<uint64_t>(unit) * kTileAlignment +
-           first_ % kTilesPerPage * tile_bytes_;
+  __device__ __forceinline__ static const uint8_t* address_of(const DecodeParams& params,
+                                                              uint32_t unit) {
+    return params.pool + static_cast<uint64_t>(unit) * kTileAlignment;
   }
 
   uint32_t control_;
@@ -134,8 +143,9 @@ class TileRing {
   int first_page_ = 0;
   int n_tiles_ = 0;  // of this warp
   int next_ = 0;     // the next to fetch
+  int known_ = 0;    // up to here the lanes know where the tiles are
   int tile_bytes_ = 0;
-  uint32_t unit_ = 0;  // of the page of tile next_ / 32 * 32 + lane
+  uint32_t unit_ = 0;  // where tile (next_ / 32 * 32 + lane) is
   int slot_ = 0;
   uint32_t parity_ = 0;
 };

@@ -126,8 +126,8 @@ __device__ __forceinline__ void load_words(const uint8_t* plane, int lane, int f
 // --- A tile's scores and its share of the output -------------------------------------------------
 
 // s[block] += keys of a 16-token block x query operands, for both blocks of a tile. q is the lane's
-// column of [head_dim / 32][32 lanes]: the operands of two k-steps. kHeadDim: of the matrix.
-template <int kHeadDim, int kBits>
+// column of [head_dim / 32][kColumns]: the operands of two k-steps. kHeadDim: of the matrix.
+template <int kHeadDim, int kBits, int kColumns>
 __device__ __forceinline__ void multiply_keys(const uint8_t* codes, int lane, const uint4* q,
                                               float (&s)[2][4]) {
   constexpr int kChunks = kHeadDim / 32;  // two k-steps each
@@ -135,7 +135,7 @@ __device__ __forceinline__ void multiply_keys(const uint8_t* codes, int lane, co
   uint32_t w[kBits <= 3 ? kLowWords : 4], wide[4], high[kHighWords], even[4], odd[4];
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
-    const uint4 query = q[c * kWarpLanes];
+    const uint4 query = q[c * kColumns];
     if constexpr (kBits == 3) {
       if (c % kHighWords == 0) {
         load_words<kHeadDim, 1>(codes + tile_code_bytes(kHeadDim, 2), lane, c, high);
@@ -176,20 +176,20 @@ __device__ __forceinline__ void multiply_keys(const uint8_t* codes, int lane, co
 }
 
 // The same of a page with `n_wide` chunks of wide channels: a matrix of its own for each chunk.
-template <int kHeadDim>
+template <int kHeadDim, int kColumns>
 __device__ __forceinline__ void multiply_wide_keys(const uint8_t* codes, int n_wide, int lane,
                                                    const uint4* q, float (&s)[2][4]) {
   constexpr int kChunks = kHeadDim / kChunkChannels;
   constexpr int kWideBytes = tile_code_bytes(kChunkChannels, kWideBits);
   constexpr int kOtherBytes = tile_code_bytes(kChunkChannels, kBitsBesideWide);
   const auto multiply_wide = [&](int chunk) {
-    multiply_keys<kChunkChannels, kWideBits>(codes + chunk * kWideBytes, lane,
-                                             q + chunk * kWarpLanes, s);
+    multiply_keys<kChunkChannels, kWideBits, kColumns>(codes + chunk * kWideBytes, lane,
+                                                       q + chunk * kColumns, s);
   };
   const auto multiply_other = [&](int chunk, int of_wide) {
-    multiply_keys<kChunkChannels, kBitsBesideWide>(
-        codes + of_wide * kWideBytes + (chunk - of_wide) * kOtherBytes, lane,
-        q + chunk * kWarpLanes, s);
+    multiply_keys<kChunkChannels, kBitsBesideWide, kColumns>(
+        codes + of_wide * kWideBytes + (chunk - of_wide) * kOtherBytes, lane, q + chunk * kColumns,
+        s);
   };
   if (n_wide == kChunks / 2) {  // the default: no loops
 #pragma unroll
