@@ -11,28 +11,38 @@
 
 namespace zipcache::cuda {
 
-// Tiles between two folds of the value offsets. The matrix instruction truncates to the size of the
-// sum: folding often keeps the sum of offsets (1 per weight) from drowning the codes.
-inline constexpr int kFoldTiles = 32;
-
 struct ItemHead {
-  int row, n_pages, next, set, n_tokens, next_set, value_offset;
+  int n_pages, next, tile_bytes, row, set, n_tokens, value_offset, next_set;
   uint32_t bits, next_bits;
 };
 __device__ __forceinline__ ItemHead load_item(const DecodeParams& params, int index) {
-  const WorkItem* item = params.items + index;
-  const uint4 a = ptx::load_16(item), b = ptx::load_16(&item->set);
+  const uint4* item = reinterpret_cast<const uint4*>(params.items + index);
+  const uint4 a = ptx::load_16(item), b = ptx::load_16(item + 1), c = ptx::load_16(item + 2);
   ItemHead head;
-  head.row = static_cast<int>(a.x);
-  head.n_pages = static_cast<int>(a.z);
-  head.next = static_cast<int>(a.w);
-  head.set = static_cast<int>(b.x);
-  head.bits = b.y;
-  head.n_tokens = static_cast<int>(b.z);
-  head.next_set = static_cast<int>(b.w);
-  head.next_bits = __ldg(&item->next_bits);
-  head.value_offset = __ldg(&item->value_offset);
+  head.n_pages = static_cast<int>(a.y);
+  head.next = static_cast<int>(a.z);
+  head.tile_bytes = static_cast<int>(a.w);
+  head.row = static_cast<int>(b.x);
+  head.set = static_cast<int>(b.y);
+  head.bits = b.z;
+  head.n_tokens = static_cast<int>(b.w);
+  head.value_offset = static_cast<int>(c.x);
+  head.next_set = static_cast<int>(c.y);
+  head.next_bits = c.z;
   return head;
+}
+
+// Asks for what folding the query with this set will read; warp 0's first lanes do.
+template <int kHeadDim>
+__device__ __forceinline__ void prefetch_set(const DecodeParams& params, int set, int warp,
+                                             int lane) {
+  if (set < 0 || warp != 0 || lane >= kHeadDim / 32) {  // 128 bytes each
+    return;
+  }
+  ptx::prefetch(params.key_sets + static_cast<int64_t>(set) * 2 * kHeadDim + lane * 64);
+  if (params.key_orders != nullptr && lane * 128 < kHeadDim) {
+    ptx::prefetch(params.key_orders + static_cast<int64_t>(set) * kHeadDim + lane * 128);
+  }
 }
 
 // --- Merging states of one head ------------------------------------------------------------------
@@ -332,33 +342,33 @@ __global__ void __launch_bounds__(decode_threads(kHeadDim), kDecodeBlocksPerSm)
   const int group = plan.group;
   const DecodeShared at = decode_shared(kHeadDim, group);
 
+  const int first_item = static_cast<int>(blockIdx.x) * kItemGroup;
+
   ptx::let_next_launch_start();
   TileRing<kHeadDim> ring(params, shared + at.control + kFlagBytes + warp * kRingControlBytes,
+                          reinterpret_cast<WorkItem*>(shared + at.items) + warp * kItemGroup,
                           shared + at.slots + warp * plan.n_slots * plan.slot_bytes, plan,
-                          blockIdx.x, warp, lane);
+                          first_item, warp, lane);
+  prefetch_set<kHeadDim>(params, __ldg(&params.items[first_item].set), warp, lane);
   ptx::wait_for_launch_before();
-  QueryOperand<kHeadDim, kLaneHeads> query(params, group, shared, shared + at.query_scalars, lane);
+  QueryOperand<kHeadDim, kLaneHeads> query(
+      params, group, shared, shared + at.query_scalars,
+      reinterpret_cast<float*>(shared + at.outputs) + warp * group * output_stride(kHeadDim), lane);
   RowState<kHeadDim, kLaneHeads> state;
   state.clear();
-  int value_bits = 0, tiles_since_fold = 0;
+  int value_bits = 0;
   int folded_set = -1;  // of this row
   WarpTurn<kWarps> turn;
-  int index = blockIdx.x;
+  int index = first_item;
   do {
     const ItemHead item = load_item(params, index);
     const PageClass cls = item_class(item.bits);
+    const TileShape shape(cls, item.value_offset, item.tile_bytes);
     const float* q = params.q + static_cast<int64_t>(item.row) * group * kHeadDim;
     const float* factors = params.value_factors + static_cast<int64_t>(item.row) * kHeadDim;
-    if (warp == 0 && lane < kHeadDim / 32) {  // 128 bytes each: for the next item, and for the end
-      if (item.next_set >= 0) {
-        const HalfBits* set = params.key_sets + static_cast<int64_t>(item.next_set) * 2 * kHeadDim;
-        ptx::prefetch(set + lane * 64);
-        if (params.key_orders != nullptr && lane * 128 < kHeadDim) {
-          ptx::prefetch(params.key_orders + static_cast<int64_t>(item.next_set) * kHeadDim +
-                        lane * 128);
-        }
-      }
-      ptx::prefetch(factors + lane * 32);
+    prefetch_set<kHeadDim>(params, item.next_set, warp, lane);
+    if (warp == 0 && lane < kHeadDim / 32) {
+      ptx::prefetch(factors + lane * 32);  // for the end
     }
     if (item.n_pages > 0) {
       if (item.set != folded_set) {  // values of another width share the keys' set
@@ -372,19 +382,14 @@ __global__ void __launch_bounds__(decode_threads(kHeadDim), kDecodeBlocksPerSm)
       if (cls.value_bits != value_bits) {
         state.change_width(value_bits, cls.value_bits, lane);
         value_bits = cls.value_bits;
-        tiles_since_fold = 0;
       }
     }
     const int n_tiles = item.n_pages * kTilesPerPage;
     for (int tile = turn.first(warp); tile < n_tiles; tile += kWarps) {
-      if (++tiles_since_fold == kFoldTiles) {
-        state.change_width(value_bits, value_bits, lane);
-        tiles_since_fold = 0;
-      }
       const int tokens = min(item.n_tokens - tile * kTileTokens, kTileTokens);
       const uint8_t* bytes = ring.wait();
       if (tokens > 0) {
-        state.add_tile(bytes, cls, item.value_offset, tokens, query, lane);
+        state.add_tile(bytes, shape, tokens, query, lane);
       }
       ring.release(params, lane);
     }

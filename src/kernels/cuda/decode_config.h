@@ -34,12 +34,13 @@ struct DecodeSharedPlan {
 template <int kWarps>
 class WarpTurn {
  public:
-  ZC_HOST_DEVICE constexpr int first(int warp) const { return (warp - next_) & (kWarps - 1); }
-  ZC_HOST_DEVICE constexpr void pass(int n_tiles) { next_ = (next_ + n_tiles) & (kWarps - 1); }
+  ZC_HOST_DEVICE constexpr int first(int warp) const {
+    return static_cast<int>((warp + kWarps - next_) % kWarps);
+  }
+  ZC_HOST_DEVICE constexpr void pass(int n_tiles) { next_ = (next_ + n_tiles) % kWarps; }
 
  private:
-  static_assert((kWarps & (kWarps - 1)) == 0);
-  int next_ = 0;  // the warp that takes the next tile
+  unsigned next_ = 0;  // the warp that takes the next tile
 };
 
 // Columns of a query operand: the lanes' 16-byte units of 32 channels of all heads.
@@ -54,12 +55,13 @@ inline constexpr int kQueryScalarBytes = kMaxGroup * 8;  // of an operand
 // Shared memory of a block:
 //   [four query operands][scalars of each]
 //   [max and sum of each warp and head][outputs of each warp and head]
-//   [flag, barriers of each warp's ring][ring slots of each warp]
+//   [flag, barriers of each warp's ring][items of each warp][ring slots of each warp]
 struct DecodeShared {
-  int query_scalars, states, outputs, control, slots;  // offsets; the query operands are at 0
+  int query_scalars, states, outputs, control, items, slots;  // offsets; query operands are at 0
 };
 inline constexpr int kRingControlBytes = kMaxRingSlots * 8;
 inline constexpr int kFlagBytes = 64;
+inline constexpr int kItemGroupBytes = kWarpLanes * 16;
 // Floats between the outputs of two heads; + 4 spreads the lanes of a store over the banks.
 ZC_HOST_DEVICE constexpr int output_stride(int head_dim) { return head_dim + 4; }
 ZC_HOST_DEVICE constexpr DecodeShared decode_shared(int head_dim, int group) {
@@ -70,7 +72,8 @@ ZC_HOST_DEVICE constexpr DecodeShared decode_shared(int head_dim, int group) {
   at.outputs = at.states + warps * kMaxGroup * 8;
   at.control = at.outputs + warps * group * output_stride(head_dim) * 4;
   const int end = at.control + kFlagBytes + warps * kRingControlBytes;
-  at.slots = (end + kTileAlignment - 1) / kTileAlignment * kTileAlignment;
+  at.items = (end + kTileAlignment - 1) / kTileAlignment * kTileAlignment;
+  at.slots = at.items + warps * kItemGroupBytes;
   return at;
 }
 ZC_HOST_DEVICE constexpr int decode_shared_bytes(int head_dim, const DecodeSharedPlan& plan) {

@@ -7,6 +7,8 @@
 // head i twice (QueryOperand), of which only the first is looked at.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels/cuda/params.h"
 #include "kernels/cuda/query_operand.cuh"
 #include "kernels/cuda/unpack.cuh"
@@ -18,13 +20,46 @@ namespace zipcache::cuda {
 inline constexpr float kRescaleThreshold = 8.0f;
 inline constexpr float kNoScore = -1e30f;  // a finite "no maximum yet": no NaN from inf - inf
 
+template <int kBits>
+using Width = std::integral_constant<int, kBits>;
+// Calls `multiply` with this width as a constant. By comparing sizes: of a switch the compiler
+// makes a jump table, which waits for its load.
+template <typename Multiply>
+__device__ __forceinline__ void with_width(int bits, Multiply multiply) {
+  if (bits < 3) {
+    multiply(Width<2>());
+  } else if (bits < 4) {
+    multiply(Width<3>());
+  } else if (bits < 8) {
+    multiply(Width<4>());
+  } else {
+    multiply(Width<8>());
+  }
+}
+
+// What the tiles of an item are made of, unpacked once: what is derived from the item's bits inside
+// the loop is derived again for every tile.
+struct TileShape {
+  int key_bits;  // or kWideKeys
+  int wide_chunks, value_bits;
+  int value_offset, param_offset;  // bytes from the start of a tile
+
+  static constexpr int kWideKeys = 0;
+  __device__ __forceinline__ TileShape(PageClass cls, int value_start, int tile_bytes)
+      : key_bits(ptx::opaque(cls.wide_chunks > 0 ? kWideKeys : cls.key_bits)),
+        wide_chunks(cls.wide_chunks),
+        value_bits(ptx::opaque(cls.value_bits)),
+        value_offset(value_start),
+        param_offset(tile_bytes - kTileParamBytes) {}
+};
+
 template <int kHeadDim, int kLaneHeads>
 struct RowState {
   static constexpr int kBlocks = kHeadDim / 16;
   using Query = QueryOperand<kHeadDim, kLaneHeads>;
 
-  float acc[kBlocks][4];  // in the units of the value width at hand: sum of p * s * (1 + r * v)
-  float side[4];          // row 0: sum of p * s, row 1: sum of p * s * z, of the same rounded p * s
+  float acc[kBlocks][4];  // sums of p * s * v, in the units of the value width at hand
+  float side[4];          // row 0: sum of p * s * z, of the same rounded p * s
   float max[kLaneHeads];  // what the weights of the lane's heads refer to
   float sum[kLaneHeads];  // of unrounded weights, this lane's tokens only
 
@@ -75,7 +110,7 @@ struct RowState {
 #pragma unroll
     for (int e = 0; e < kLaneHeads; ++e) {
       largest[e] = fmaxf(fmaxf(s[0][e], s[0][2 + e]), fmaxf(s[1][e], s[1][2 + e]));
-      largest[e] *= q.inverse_norm[e];
+      largest[e] *= q.inverse[e];
       exceeds |= largest[e] > max[e] + kRescaleThreshold;
     }
     if (__any_sync(ptx::kFullWarp, exceeds)) {
@@ -86,36 +121,34 @@ struct RowState {
 #pragma unroll
       for (int e = 0; e < kLaneHeads; ++e) {
         float& score = s[part / 2][part % 2 * 2 + e];
-        score = ptx::exp2(fmaf(score, q.inverse_norm[e], -max[e]));
+        score = ptx::exp2(fmaf(score, q.inverse[e], -max[e]));
         sum[e] += score;
       }
     }
   }
 
   // acc from the units of width `from` to those of `to`, 0 bits: plain sums of p * s * (v - z).
-  // `side` starts anew. One operation per sum: r is a power of two, so offsets and zeros in the
-  // units of `to` are one number.
+  // `side` starts anew. One operation per sum.
   __device__ __forceinline__ void change_width(int from, int to, int lane) {
     if (from == 0) {
       return;  // nothing summed yet
     }
 #pragma unroll
     for (int e = 0; e < kLaneHeads; ++e) {
-      const float weight = __shfl_sync(ptx::kFullWarp, side[e], lane & 3);
-      const float zeros = __shfl_sync(ptx::kFullWarp, side[e], 4 + (lane & 3));
+      const float zeros = __shfl_sync(ptx::kFullWarp, side[e], lane & 3);
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
-        const float inverse = 1.0f / value_factor(from, row);
-        const float factor = to == 0 ? 1.0f : value_factor(to, row);
-        const float scale = inverse * factor, offset = fmaf(weight, inverse, zeros) * factor;
+        const float unit = to == 0 ? 1.0f : value_place(to, row) * kSubnormalUnit;
+        const float scale = unit * (1.0f / kSubnormalUnit) * (1.0f / value_place(from, row));
+        const float offset = zeros * unit;
 #pragma unroll
         for (int block = 0; block < kBlocks; ++block) {
           float& a = acc[block][row * 2 + e];
           a = fmaf(a, scale, -offset);
         }
       }
+      side[e] = 0;
     }
-    side[0] = side[1] = 0;
   }
 
   // Channel factors: acc becomes sums of p * value.
@@ -148,9 +181,9 @@ struct RowState {
     }
   }
 
-  // One tile of codes in shared memory, whose values start at `value_offset`.
-  __device__ __forceinline__ void add_tile(const uint8_t* tile, PageClass cls, int value_offset,
-                                           int tokens, const Query& q, int lane) {
+  // One tile of codes in shared memory.
+  __device__ __forceinline__ void add_tile(const uint8_t* tile, const TileShape& shape, int tokens,
+                                           const Query& q, int lane) {
     constexpr int kColumns = Query::kColumns;
     const uint4* column = q.column();
     float s[2][4];
@@ -158,29 +191,17 @@ struct RowState {
     for (int n = 0; n < 4; ++n) {
       s[0][n] = s[1][n] = q.start[n % kLaneHeads];
     }
-    if (cls.wide_chunks > 0) {
-      multiply_wide_keys<kHeadDim, kColumns>(tile, cls.wide_chunks, lane, column, s);
+    if (shape.key_bits == TileShape::kWideKeys) {
+      multiply_wide_keys<kHeadDim, kColumns>(tile, shape.wide_chunks, lane, column, s);
     } else {
-      switch (cls.key_bits) {
-        case 2:
-          multiply_keys<kHeadDim, 2, kColumns>(tile, lane, column, s);
-          break;
-        case 3:
-          multiply_keys<kHeadDim, 3, kColumns>(tile, lane, column, s);
-          break;
-        case 4:
-          multiply_keys<kHeadDim, 4, kColumns>(tile, lane, column, s);
-          break;
-        default:
-          multiply_keys<kHeadDim, 8, kColumns>(tile, lane, column, s);
-          break;
-      }
+      with_width(shape.key_bits, [&](auto bits) {
+        multiply_keys<kHeadDim, bits(), kColumns>(tile, lane, column, s);
+      });
     }
     softmax(s, q, tokens, lane);
 
-    const uint8_t* codes = tile + value_offset;
-    const HalfBits* params =
-        reinterpret_cast<const HalfBits*>(codes + tile_code_bytes(kHeadDim, cls.value_bits));
+    const uint8_t* codes = tile + shape.value_offset;
+    const HalfBits* params = reinterpret_cast<const HalfBits*>(tile + shape.param_offset);
     const uint2 s_pairs = *reinterpret_cast<const uint2*>(params + scale_index(lane >> 2));
     const uint4 z_pairs = *reinterpret_cast<const uint4*>(params + zero_index((lane & 3) * 2));
     const float scales[4] = {ptx::low_half(s_pairs.x), ptx::high_half(s_pairs.x),
@@ -188,28 +209,15 @@ struct RowState {
     uint32_t operand[2][2];
     make_operand(s, scales, operand);
 
-    // Two more "channels" give the sums that the offsets and zeros need: row 0 is 1, row 1 is z.
-    const uint32_t keep = lane >> 2 == 1 ? 0xffffffffu : 0u;
-    const uint32_t ones = lane >> 2 == 0 ? kValueMagic : 0u;
-    const uint32_t side0[4] = {(z_pairs.x & keep) | ones, 0, (z_pairs.y & keep) | ones, 0};
-    const uint32_t side1[4] = {(z_pairs.z & keep) | ones, 0, (z_pairs.w & keep) | ones, 0};
-    ptx::mma_16x8x16(side, side0, operand[0][0], operand[0][1]);
-    ptx::mma_16x8x16(side, side1, operand[1][0], operand[1][1]);
+    // One more "channel", z, gives the sum that the zeros need.
+    const uint32_t keep = lane >> 2 == 0 ? 0xffffffffu : 0u;
+    ptx::mma_16x8x16(side, {z_pairs.x & keep, 0, z_pairs.y & keep, 0}, operand[0][0],
+                     operand[0][1]);
+    ptx::mma_16x8x16(side, {z_pairs.z & keep, 0, z_pairs.w & keep, 0}, operand[1][0],
+                     operand[1][1]);
 
-    switch (cls.value_bits) {
-      case 2:
-        multiply_values<kHeadDim, 2>(codes, lane, operand, acc);
-        break;
-      case 3:
-        multiply_values<kHeadDim, 3>(codes, lane, operand, acc);
-        break;
-      case 4:
-        multiply_values<kHeadDim, 4>(codes, lane, operand, acc);
-        break;
-      default:
-        multiply_values<kHeadDim, 8>(codes, lane, operand, acc);
-        break;
-    }
+    with_width(shape.value_bits,
+               [&](auto bits) { multiply_values<kHeadDim, bits()>(codes, lane, operand, acc); });
   }
 
   // `tokens` (1..32) of the fp16 tail. REQUIRES: apply_factors() was

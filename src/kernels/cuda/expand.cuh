@@ -33,6 +33,10 @@ __device__ __forceinline__ int value_unit(int channel, int unit) {
 }
 
 __device__ __forceinline__ uint32_t same_halves(float x) { return ptx::pack_half2(x, x); }
+// Two codes as numbers, from 1024 + code / inverse_place.
+__device__ __forceinline__ uint32_t code_of(uint32_t u, float inverse_place) {
+  return ptx::fma_half2(u, same_halves(inverse_place), same_halves(-1024.0f * inverse_place));
+}
 
 // --- Codes ---------------------------------------------------------------------------------------
 
@@ -61,6 +65,7 @@ template <int kHeadDim, int kMatrixChannels, int kBits>
 __device__ __forceinline__ void expand_key_chunk(const uint8_t* codes, int of_matrix,
                                                  const HalfBits* set, int tile, int chunk,
                                                  uint4* keys, int lane) {
+  constexpr CodeBase kBase = CodeBase::k1024;
   constexpr int kLowBits = kBits == 3 ? 2 : kBits;
   const int g = lane >> 2, i = lane & 3;
   uint32_t w[kLowBits], high = 0;
@@ -74,24 +79,22 @@ __device__ __forceinline__ void expand_key_chunk(const uint8_t* codes, int of_ma
   for (int block = 0; block < 2; ++block) {
     uint32_t even[4], odd[4];
     if constexpr (kBits == 2) {
-      unpack_key_2(w[block], even, odd);
+      unpack_key_2<kBase>(w[block], even, odd);
     } else if constexpr (kBits == 3) {
       uint32_t nibbles[2];
       merge_planes(w[block], block == 0 ? high : high << 2, block == 0 ? high >> 1 : high << 1,
                    nibbles);
-      unpack_key_nibbles<7>(nibbles[0], even);
-      unpack_key_nibbles<7>(nibbles[1], odd);
+      unpack_key_nibbles<kBase, 7>(nibbles[0], even);
+      unpack_key_nibbles<kBase, 7>(nibbles[1], odd);
     } else if constexpr (kBits == 4) {
-      unpack_key_nibbles<15>(w[block], even);
-      unpack_key_nibbles<15>(w[2 + block], odd);
+      unpack_key_nibbles<kBase, 15>(w[block], even);
+      unpack_key_nibbles<kBase, 15>(w[2 + block], odd);
     } else {
-      unpack_key_8(w[block * 2], w[block * 2 + 1], even);
-      unpack_key_8(w[4 + block * 2], w[4 + block * 2 + 1], odd);
+      unpack_bytes<kBase>(w[block * 2], w[block * 2 + 1], even);
+      unpack_bytes<kBase>(w[4 + block * 2], w[4 + block * 2 + 1], odd);
     }
     const auto value = [](uint32_t u, int odd_step, int upper, uint32_t s, uint32_t m) {
-      const float inverse = key_inverse_factor(kBits, odd_step, upper);
-      const uint32_t code =
-          ptx::fma_half2(u, same_halves(inverse), same_halves(-kKeyOffset * inverse));
+      const uint32_t code = code_of(u, key_inverse_place(kBits, odd_step, upper));
       return ptx::fma_half2(code, s, m);
     };
 #pragma unroll
@@ -135,6 +138,7 @@ __device__ __forceinline__ void expand_wide_keys(const uint8_t* codes, PageClass
 template <int kHeadDim, int kBits>
 __device__ __forceinline__ void expand_values(const uint8_t* codes, const HalfBits* params,
                                               int tile, int part, uint4* values, int lane) {
+  constexpr CodeBase kBase = CodeBase::k1024;
   constexpr int kLowBits = kBits == 3 ? 2 : kBits;
   const int g = lane >> 2, i = lane & 3;
   const uint4 z = *reinterpret_cast<const uint4*>(params + zero_index(i * 2));
@@ -153,28 +157,27 @@ __device__ __forceinline__ void expand_values(const uint8_t* codes, const HalfBi
     for (int block = 0; block < 2; ++block) {
       uint32_t step[2][4];
       if constexpr (kBits == 2) {
-        unpack_value_2(w[block], step[0], step[1]);
+        unpack_value_2<kBase>(w[block], step[0], step[1]);
       } else if constexpr (kBits == 3) {
         uint32_t nibbles[2];
         merge_planes(w[block], block == 0 ? high : high << 2, block == 0 ? high >> 1 : high << 1,
                      nibbles);
-        unpack_value_nibbles<7>(nibbles[0], step[0]);
-        unpack_value_nibbles<7>(nibbles[1], step[1]);
+        unpack_value_nibbles<kBase, 7>(nibbles[0], step[0]);
+        unpack_value_nibbles<kBase, 7>(nibbles[1], step[1]);
       } else if constexpr (kBits == 4) {
-        unpack_value_nibbles<15>(w[block * 2], step[0]);
-        unpack_value_nibbles<15>(w[block * 2 + 1], step[1]);
+        unpack_value_nibbles<kBase, 15>(w[block * 2], step[0]);
+        unpack_value_nibbles<kBase, 15>(w[block * 2 + 1], step[1]);
       } else {
-        unpack_value_8(w[block * 4], w[block * 4 + 1], step[0]);
-        unpack_value_8(w[block * 4 + 2], w[block * 4 + 3], step[1]);
+        unpack_bytes<kBase>(w[block * 4], w[block * 4 + 1], step[0]);
+        unpack_bytes<kBase>(w[block * 4 + 2], w[block * 4 + 3], step[1]);
       }
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
-        const float inverse = 1.0f / value_factor(kBits, row);
+        const float inverse = 1.0f / value_place(kBits, row);
         uint32_t out[4];
 #pragma unroll
         for (int n = 0; n < 4; ++n) {
-          const uint32_t code = ptx::fma_half2(step[n / 2][n % 2 * 2 + row], same_halves(inverse),
-                                               same_halves(-inverse));
+          const uint32_t code = code_of(step[n / 2][n % 2 * 2 + row], inverse);
           out[n] = ptx::mul_half2(ptx::sub_half2(code, zeros[n]), scales[n]);
         }
         const int channel = pair / 2 * 64 + g * 8 + pair % 2 * 4 + block * 2 + row;

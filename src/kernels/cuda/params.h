@@ -11,28 +11,36 @@ namespace zipcache::cuda {
 using HalfBits = std::uint16_t;  // fp16, kept as its bits
 
 // A run of pages of one row (sequence, KV head), class and scale set, all but the last page full:
-// what a block of threads streams at a time. Made by plan_decode().
-inline constexpr int kItemPages = 12;
+// what a block of threads streams at a time. Made by plan_decode(). Items of a block stand together
+// in groups, so that a warp loads a group at once, 16 bytes per lane; places that are left over
+// have no pages.
+inline constexpr int kItemPages = 16;
+inline constexpr int kItemGroup = 4;
 struct alignas(128) WorkItem {
-  std::int32_t row = 0;
   std::int32_t first_page = 0;  // index into DecodeParams::pages
   std::int32_t n_pages = 0;
-  std::int32_t next = -1;  // the block's next item, -1 = none
+  std::int32_t next = -1;       // the block's next item, -1 = none
+  std::int32_t tile_bytes = 0;  // of its class
+
+  std::int32_t row = 0;
   std::int32_t set = 0;    // scale set: index into DecodeParams::key_sets
   std::uint32_t bits = 0;  // item_class_bits(), kItem... flags
   std::int32_t n_tokens = 0;
-  std::int32_t next_set = -1;      // the block's next other one, -1 = none
-  std::int32_t first_partial = 0;  // slots of the row: [first_partial, first_partial + n_partials)
+
+  std::int32_t value_offset = 0;  // of its tiles
+  std::int32_t next_set = -1;     // the block's next other one, -1 = none
+  std::uint32_t next_bits = 0;    // item_class_bits() of next_set
+  std::int32_t unused = 0;
+
+  std::int32_t partial = 0;        // the block's slot of the row's
+  std::int32_t first_partial = 0;  // slots: [first_partial, first_partial + n_partials)
   std::int32_t n_partials = 0;     // 1: the block has the whole row and writes the result itself
-  std::int32_t partial = 0;        // the block's slot
-  std::uint32_t next_bits = 0;     // item_class_bits() of next_set
-  std::int32_t tile_bytes = 0;     // of its class
-  std::int32_t value_offset = 0;   // of its tiles
+  std::int32_t unused_too = 0;
+
   // The first pages again: they come with the item, in one trip to memory less.
   struct Page {
     std::uint32_t unit = 0;
   } pages[kItemPages];
-  std::int32_t unused[6] = {};
 };
 ZC_HOST_DEVICE constexpr std::uint32_t item_class_bits(PageClass cls) {
   return static_cast<std::uint32_t>(cls.key_bits | cls.value_bits << 4 | cls.wide_chunks << 8 |
@@ -45,7 +53,7 @@ ZC_HOST_DEVICE constexpr PageClass item_class(std::uint32_t bits) {
 inline constexpr std::uint32_t kItemEndsPart = 1u << 16;   // the block's last of this row
 inline constexpr std::uint32_t kItemWithTail = 2u << 16;   // the row's fp16 tail follows
 inline constexpr std::uint32_t kItemNextInRow = 4u << 16;  // next_set is of this part of the row
-static_assert(sizeof(WorkItem) == 128);
+static_assert(sizeof(WorkItem) * kItemGroup == kWarpLanes * 16);
 
 // What a decode step stores on its way, of the token whose query attends: its key and value as the
 // last of its sequence's tail; with a ring, the query as a probe of the next sealing, and the lse
@@ -87,7 +95,7 @@ struct DecodeParams {
   const std::int32_t* tail_tokens = nullptr;  // [n_sequences], 0..kTailTokens
   DecodeStore store;                          // counted in tail_tokens already
 
-  const WorkItem* items = nullptr;  // [>= n_blocks]: block b starts at item b
+  const WorkItem* items = nullptr;  // block b starts at item b * kItemGroup
   std::int32_t n_blocks = 0;
   // The launch may start before the kernel ahead of it in the stream ends (on sm_90), if that one
   // wrote neither pages nor items. Queries, tails and the workspace are touched after it has ended.

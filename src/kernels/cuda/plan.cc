@@ -245,22 +245,45 @@ class Planner {
       }
       items.push_back(item);
     } while (page < piece.end);
-    if (piece.end == input_.row_begin[piece.row + 1] && input_.with_tail &&
-        (!apart_ || piece.begin == piece.end)) {
-      items.back().bits |= kItemWithTail;
-    }
     return items;
   }
 
-  // The first item of block b becomes items[b]; the others follow behind and are chained.
+  // A block's part of a row: the pieces [begin, end) of the block. In the second half of the blocks
+  // the runs stand the other way round: of two blocks that share an SM, one waits for memory while
+  // the other, in narrower codes, waits for arithmetic.
+  std::vector<WorkItem> part_of(const Block& block, std::size_t begin, std::size_t end,
+                                bool reversed) const {
+    std::vector<WorkItem> items;
+    bool with_tail = false;
+    for (std::size_t n = begin; n < end; ++n) {
+      std::ranges::copy(items_of(block[n]), std::back_inserter(items));
+      with_tail |= has_tail(block[n]);
+    }
+    if (reversed) {
+      std::ranges::reverse(items);
+    }
+    items.back().bits |= kItemEndsPart | (with_tail ? kItemWithTail : 0);
+    return items;
+  }
+  bool has_tail(const Piece& piece) const {
+    return piece.end == input_.row_begin[piece.row + 1] && input_.with_tail &&
+           (!apart_ || piece.begin == piece.end);
+  }
+
+  // The items of block b are items[b * kItemGroup] and so on, one group; the others follow behind,
+  // in groups of the block's own.
   DecodePlan lay_out(const std::vector<Block>& blocks) const {
     std::vector<std::int32_t> n_parts(n_rows()), next_partial(n_rows());
-    const auto ends_part = [](const Block& block, std::size_t n) {
-      return n + 1 == block.size() || block[n + 1].row != block[n].row;
+    const auto part_end = [](const Block& block, std::size_t begin) {
+      std::size_t end = begin;
+      while (end < block.size() && block[end].row == block[begin].row) {
+        ++end;
+      }
+      return end;
     };
     for (const Block& block : blocks) {
-      for (std::size_t n = 0; n < block.size(); ++n) {
-        n_parts[block[n].row] += ends_part(block, n) ? 1 : 0;
+      for (std::size_t n = 0; n < block.size(); n = part_end(block, n)) {
+        ++n_parts[block[n].row];
       }
     }
     DecodePlan plan;
@@ -270,34 +293,31 @@ class Planner {
     }
     const std::vector<std::int32_t> first_partial = next_partial;
     plan.n_blocks = std::max(static_cast<int>(blocks.size()), input_.n_blocks);
-    plan.items.resize(plan.n_blocks);
+    plan.items.resize(static_cast<std::size_t>(plan.n_blocks) * kItemGroup);
     for (std::size_t block = 0; block < blocks.size(); ++block) {
-      std::size_t last = 0;
-      bool first = true;
-      for (std::size_t n = 0; n < blocks[block].size(); ++n) {
-        const Piece& piece = blocks[block][n];
-        std::vector<WorkItem> items = items_of(piece);
-        const std::int32_t partial = next_partial[piece.row];
-        if (ends_part(blocks[block], n)) {
-          items.back().bits |= kItemEndsPart;
-          ++next_partial[piece.row];
-        }
-        for (WorkItem& item : items) {
-          item.partial = partial;
-          item.first_partial = first_partial[piece.row];
-          item.n_partials = n_parts[piece.row];
-          const std::size_t at = first ? block : plan.items.size();
-          if (!first) {
-            plan.items.emplace_back();
+      std::size_t n_items = 0, at = block * kItemGroup;
+      for (std::size_t n = 0; n < blocks[block].size();) {
+        const int row = blocks[block][n].row;
+        const std::size_t end = part_end(blocks[block], n);
+        for (WorkItem& item : part_of(blocks[block], n, end, block >= blocks.size() / 2)) {
+          item.partial = next_partial[row];
+          item.first_partial = first_partial[row];
+          item.n_partials = n_parts[row];
+          if (n_items > 0) {
+            const std::size_t last = at++;
+            if (n_items % kItemGroup == 0) {
+              at = plan.items.size();
+              plan.items.resize(at + kItemGroup);
+            }
             plan.items[last].next = static_cast<std::int32_t>(at);
           }
-          item.next = -1;
           plan.items[at] = item;
-          last = at;
-          first = false;
+          ++n_items;
         }
+        ++next_partial[row];
+        n = end;
       }
-      name_next_sets(static_cast<std::int32_t>(block), plan.items);
+      name_next_sets(static_cast<std::int32_t>(block) * kItemGroup, plan.items);
     }
     return plan;
   }

@@ -63,9 +63,12 @@ void check(const Lists& lists, const DecodePlan& plan) {
   for (int block = 0; block < plan.n_blocks; ++block) {
     std::set<int> rows;
     bool inside = false;
-    for (int at = block; at >= 0; at = plan.items[at].next) {
+    for (int at = block * kItemGroup; at >= 0; at = plan.items[at].next) {
       const WorkItem& item = plan.items[at];
       ASSERT_TRUE(visited.insert(at).second);
+      ASSERT_TRUE(item.next < 0 || item.next % kItemGroup == 0 || item.next == at + 1);
+      ASSERT_EQ(item.tile_bytes,
+                item.n_pages > 0 ? tile_bytes(lists.input(1).head_dim, item_class(item.bits)) : 0);
       ASSERT_GE(item.first_page, lists.row_begin[item.row]);
       ASSERT_LE(item.first_page + item.n_pages, lists.row_begin[item.row + 1]);
       int n_tokens = 0;
@@ -94,7 +97,10 @@ void check(const Lists& lists, const DecodePlan& plan) {
     }
     ASSERT_FALSE(inside);
   }
-  EXPECT_EQ(visited.size(), plan.items.size());
+  ASSERT_EQ(plan.items.size() % kItemGroup, 0U);
+  for (std::size_t at = 0; at < plan.items.size(); ++at) {
+    ASSERT_TRUE(visited.contains(static_cast<int>(at)) || plan.items[at].n_pages == 0);
+  }
   EXPECT_EQ(seen, std::vector<int>(seen.size(), 1));
   EXPECT_EQ(tails, std::vector<int>(n_rows, 1));
   EXPECT_EQ(parts, announced);
@@ -109,11 +115,11 @@ TEST(Plan, BlocksWithoutWorkHaveNoPagesAndEndNothing) {
   const DecodePlan padded = plan_decode(input);
   ASSERT_LT(plan.n_blocks, 50);
   ASSERT_EQ(padded.n_blocks, 50);
-  ASSERT_EQ(padded.items.size(), plan.items.size() + 50 - plan.n_blocks);
+  ASSERT_EQ(padded.items.size(), plan.items.size() + std::size_t(50 - plan.n_blocks) * kItemGroup);
   for (int block = 0; block < 50; ++block) {
-    const WorkItem& item = padded.items[block];
+    const WorkItem& item = padded.items[block * kItemGroup];
     if (block < plan.n_blocks) {
-      EXPECT_EQ(item.first_page, plan.items[block].first_page);
+      EXPECT_EQ(item.first_page, plan.items[block * kItemGroup].first_page);
     } else {
       EXPECT_EQ(item.n_pages, 0);
       EXPECT_EQ(item.next, -1);
@@ -148,7 +154,7 @@ TEST(Plan, CoversEverythingOnce) {
 std::vector<std::int64_t> costs(const PlanInput& input, const DecodePlan& plan) {
   std::vector<std::int64_t> all(plan.n_blocks);
   for (int block = 0; block < plan.n_blocks; ++block) {
-    for (int at = block; at >= 0; at = plan.items[at].next) {
+    for (int at = block * kItemGroup; at >= 0; at = plan.items[at].next) {
       const std::uint32_t bits = plan.items[at].bits;
       all[block] += (page_bytes(input.head_dim, item_class(bits)) +
                      kTilesPerPage * std::int64_t{input.tile_bytes}) *
@@ -168,12 +174,16 @@ TEST(Plan, LongRowsInWholePieces) {
   const std::vector<std::int64_t> all = costs(input, plan);
   const auto [low, high] = std::ranges::minmax_element(all);
   EXPECT_LT(*high - *low, 4 * page_bytes(128, {4, 4}) + 64 * 512);
-  // And of each class an equal share.
+  // And of each class an equal share, in half of the blocks the other way round.
   for (int block = 0; block < plan.n_blocks; ++block) {
-    const WorkItem& first = plan.items[block];
-    ASSERT_NEAR(first.n_pages, 512 * 0.6 / 4, 1);
-    ASSERT_NEAR(plan.items[first.next].n_pages, 512 * 0.4 / 4, 4);  // one has the tail too
-    ASSERT_EQ(plan.items[first.next].partial, first.partial);
+    const WorkItem* wide = &plan.items[block * kItemGroup];
+    const WorkItem* narrow = &plan.items[wide->next];
+    ASSERT_EQ(narrow->partial, wide->partial);
+    if (block >= plan.n_blocks / 2) {
+      std::swap(wide, narrow);
+    }
+    ASSERT_NEAR(wide->n_pages, 512 * 0.6 / 4, 1);
+    ASSERT_NEAR(narrow->n_pages, 512 * 0.4 / 4, 4);  // one has the tail too
   }
 }
 

@@ -193,6 +193,17 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
 }
 
 #if __CUDA_ARCH__ >= 900
+// True for one lane of a warp that is together.
+__device__ __forceinline__ bool elect_lane() {
+  uint32_t elected;
+  asm volatile(
+      "{\n\t.reg .pred one;\n\t"
+      "elect.sync _|one, 0xffffffff;\n\t"
+      "selp.u32 %0, 1, 0, one;\n\t}"
+      : "=r"(elected));
+  return elected != 0;
+}
+
 __device__ __forceinline__ void barrier_expect_bytes(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");

@@ -17,7 +17,7 @@ struct FoldKeys {
   PageClass cls;
 };
 
-// The query as the operand of one width and scale set: q^ = scale * q * s / r, times a power of two
+// The query as the operand of one width and scale set: q^ = scale * q * s / p, times a power of two
 // `norm` per head that keeps fp16 in range. A warp folds all channels of a head, the block shares
 // what its warps have folded. The operand that is wanted next is folded with it, by the warps that
 // have no head left to fold, and later taken without a barrier.
@@ -30,17 +30,18 @@ class QueryOperand {
  public:
   static constexpr int kColumns = query_columns(kLaneHeads);
 
-  float start[kLaneHeads];         // what a score of a head starts from: minima and offsets, x norm
-  float inverse_norm[kLaneHeads];  // of the lane's heads
+  float start[kLaneHeads];    // what a score of a head starts from: the minima, in its units
+  float inverse[kLaneHeads];  // its units: 1 / norm, and 1 / kSubnormalUnit for codes
 
-  // `words`: 4 operands of query_operand_bytes(), `scalars`: 4 of query_scalar_bytes(), both shared
-  // memory.
+  // In shared memory: `words`, 4 operands of query_operand_bytes(), `scalars`, 4 of
+  // kQueryScalarBytes, and `row`, head_dim floats of this warp that are free during take().
   __device__ __forceinline__ QueryOperand(const DecodeParams& params, int group, uint8_t* words,
-                                          uint8_t* scalars, int lane)
+                                          uint8_t* scalars, float* row, int lane)
       : params_(params),
         group_(group),
         words_(reinterpret_cast<uint4*>(words)),
-        scalars_(reinterpret_cast<float2*>(scalars)) {
+        scalars_(reinterpret_cast<float2*>(scalars)),
+        row_(row) {
     const int head = (lane >> 2) * kLaneHeads / kMaxLaneHeads;
     column_ = (head < group ? head : 0) * 4 + (lane & 3);
   }
@@ -77,7 +78,7 @@ class QueryOperand {
       const int head = (lane & 3) * kLaneHeads + e;
       const float2 scalars = scalars_[operand_ * kMaxGroup + (head < group_ ? head : 0)];
       start[e] = scalars.x;
-      inverse_norm[e] = scalars.y;
+      inverse[e] = scalars.y;
     }
   }
   // What was folded is of another query.
@@ -92,7 +93,6 @@ class QueryOperand {
                                        int lane) {
     const int at = lane * kLaneChannels, chunk = at / 32;
     uint32_t x[kPairs], s[kPairs], m[kPairs], rounded[kPairs];
-    load_query(q + head * kHeadDim, keys, at, x);
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair) {  // fp16 rows
       s[pair] = 0x3c003c00u;
@@ -103,13 +103,14 @@ class QueryOperand {
       load_pairs(scales + at, s);
       load_pairs(scales + kHeadDim + at, m);
     }
+    load_query(q + head * kHeadDim, keys, at, x);
     const float log2_scale = params_.scale * 1.44269504088896f;
-    float folded[kLaneChannels], largest = 0, minimum = 0, sum = 0;
+    float folded[kLaneChannels], largest = 0, minimum = 0;
 #pragma unroll
-    for (int pair = 0; pair < kPairs; ++pair) {  // its channels share their factor r
+    for (int pair = 0; pair < kPairs; ++pair) {  // its channels share their place
       const int of_8 = at % 8 / 2 + pair;
       const float factor =
-          log2_scale * key_inverse_factor(keys.cls.chunk_bits(chunk), of_8 >> 1, of_8 & 1);
+          log2_scale * key_inverse_place(keys.cls.chunk_bits(chunk), of_8 >> 1, of_8 & 1);
       const float low = ptx::low_half(x[pair]), high = ptx::high_half(x[pair]);
       folded[pair * 2] = low * ptx::low_half(s[pair]) * factor;
       folded[pair * 2 + 1] = high * ptx::high_half(s[pair]) * factor;
@@ -126,40 +127,47 @@ class QueryOperand {
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair) {
       rounded[pair] = ptx::pack_half2(folded[pair * 2] * norm, folded[pair * 2 + 1] * norm);
-      sum += ptx::low_half(rounded[pair]) + ptx::high_half(rounded[pair]);
     }
     store_pairs(rounded, reinterpret_cast<uint32_t*>(words_ + operand * kWords + chunk * kColumns +
                                                      head * 4 + at % 32 / 8) +
                              at % 8 / 2);
-#pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) {
-      sum += __shfl_xor_sync(ptx::kFullWarp, sum, offset);
-    }
     if (lane == 0) {
-      // The offset comes from the rounded operand, so it cancels exactly.
-      const float offset = keys.set == FoldKeys::kTail ? 0.0f : kKeyOffset * sum;
-      scalars_[operand * kMaxGroup + head] = {minimum * log2_scale * norm - offset,
-                                              __int_as_float((254 - field) << 23)};
+      const int unit = keys.set == FoldKeys::kTail ? 0 : kUnitField;  // of the products
+      scalars_[operand * kMaxGroup + head] = {
+          minimum * log2_scale * __int_as_float((field - unit) << 23),
+          __int_as_float((254 - field + unit) << 23)};
     }
   }
 
   // The lane's channels of a row, rounded to fp16: as they stand, or those that the order of the
-  // set names.
-  __device__ __forceinline__ void load_query(const float* row, FoldKeys keys, int at,
+  // set names, by way of shared memory: one trip to memory, not two.
+  __device__ __forceinline__ void load_query(const float* from, FoldKeys keys, int at,
                                              uint32_t (&pairs)[kPairs]) const {
-    float x[kLaneChannels];
-    if (keys.cls.wide_chunks == 0) {
+    const bool in_order = keys.cls.wide_chunks == 0;
+    int order[kLaneChannels];
 #pragma unroll
-      for (int pair = 0; pair < kPairs; ++pair) {
-        const float2 two = __ldg(reinterpret_cast<const float2*>(row + at) + pair);
-        x[pair * 2] = two.x, x[pair * 2 + 1] = two.y;
-      }
-    } else {
-      const uint8_t* order = params_.key_orders + static_cast<int64_t>(keys.set) * kHeadDim + at;
+    for (int c = 0; c < kLaneChannels; ++c) {
+      order[c] =
+          in_order ? 0
+                   : __ldg(params_.key_orders + static_cast<int64_t>(keys.set) * kHeadDim + at + c);
+    }
+    float x[kLaneChannels];
+#pragma unroll
+    for (int pair = 0; pair < kPairs; ++pair) {
+      const float2 two = __ldg(reinterpret_cast<const float2*>(from + at) + pair);
+      x[pair * 2] = two.x, x[pair * 2 + 1] = two.y;
+    }
+    if (!in_order) {
 #pragma unroll
       for (int c = 0; c < kLaneChannels; ++c) {
-        x[c] = __ldg(row + __ldg(order + c));
+        row_[at + c] = x[c];
       }
+      __syncwarp();
+#pragma unroll
+      for (int c = 0; c < kLaneChannels; ++c) {
+        x[c] = row_[order[c]];
+      }
+      __syncwarp();
     }
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair) {
@@ -189,16 +197,20 @@ class QueryOperand {
       *to = pairs[0];
     }
   }
-  // norm = 2^k such that the largest operand is in [512, 1024): its exponent field is 127 + 9.
+  // norm = 2^k such that the largest operand is in [512, 1024): its exponent field is 127 + 9. It
+  // and its inverse stay numbers in units of kSubnormalUnit, too.
   __device__ __forceinline__ static int norm_field(float largest) {
     const int field = __float_as_int(largest) >> 23;
-    return largest > 0 ? min(max(127 + 127 + 9 - field, 1), 253) : 127;
+    return largest > 0 ? min(max(127 + 127 + 9 - field, kUnitField + 1), 253) : 127;
   }
+  static constexpr int kUnitField = 24;
+  static_assert(kSubnormalUnit * (1 << kUnitField) == 1);
 
   const DecodeParams& params_;
   const int group_;
   uint4* words_;                    // [4 operands: of two folds, two each][head_dim / 32][kColumns]
-  float2* scalars_;                 // [4 operands][heads]: start and inverse_norm
+  float2* scalars_;                 // [4 operands][heads]: start and inverse
+  float* row_;                      // of this warp: a query head, in its own order
   int column_;                      // the lane's
   int operand_ = 2;                 // the one at hand
   int next_set_ = FoldKeys::kNone;  // what the other one of its fold is of

@@ -17,16 +17,17 @@ class TileRing {
  public:
   static constexpr int kWarps = decode_warps(kHeadDim);
 
-  // `control` (kRingControlBytes) and `slots` are this warp's own.
-  __device__ __forceinline__ TileRing(const DecodeParams& params, uint8_t* control, uint8_t* slots,
-                                      const DecodeSharedPlan& plan, int first_item, int warp,
-                                      int lane)
+  // `control` (kRingControlBytes), `group` and `slots` are this warp's own.
+  __device__ __forceinline__ TileRing(const DecodeParams& params, uint8_t* control, WorkItem* group,
+                                      uint8_t* slots, const DecodeSharedPlan& plan, int first_item,
+                                      int warp, int lane)
       : control_(ptx::shared_address(control)),
         slots_(slots),
         n_slots_(plan.n_slots),
         slot_bytes_(plan.slot_bytes),
         next_item_(first_item),
-        warp_(warp) {
+        warp_(warp),
+        group_(group) {
     if (lane == 0) {
       for (int slot = 0; slot < n_slots_; ++slot) {
 #if __CUDA_ARCH__ >= 900
@@ -75,27 +76,38 @@ class TileRing {
       unit_ = __ldg(&params.pages[first_page_ + page].unit) + unit_in_page();
     }
     while (next_ >= n_tiles_ && next_item_ >= 0) {
-      const WorkItem* item = params.items + next_item_;
-      first_ = turn_.first(warp_);
-      // Before it is known whether there is such a page: one trip to memory instead of two.
-      unit_ = __ldg(&item->pages[min(page_of(lane), kItemPages - 1)].unit);
-      const uint4 head = ptx::load_16(item);
-      tile_bytes_ = __ldg(&item->tile_bytes);
-      next_ = 0;
-      const int n_tiles = static_cast<int>(head.z) * kTilesPerPage;
-      n_tiles_ = (n_tiles - first_ + kWarps - 1) / kWarps;
-      turn_.pass(n_tiles);
-      first_page_ = static_cast<int>(head.y);
-      next_item_ = static_cast<int>(head.w);
-      if (next_item_ >= 0) {
-        ptx::prefetch(params.items + next_item_);
+      if (next_item_ % kItemGroup == 0) {
+        load_group(params, lane);
       }
-      if (page_of(lane) >= kItemPages && lane < n_tiles_) {
-        unit_ = __ldg(&params.pages[first_page_ + page_of(lane)].unit);
+      const WorkItem& item = group_[next_item_ % kItemGroup];
+      first_ = turn_.first(warp_);
+      const int n_tiles = item.n_pages * kTilesPerPage;
+      turn_.pass(n_tiles);
+      next_ = 0;
+      n_tiles_ = static_cast<int>(static_cast<unsigned>(n_tiles - first_ + kWarps - 1) / kWarps);
+      first_page_ = item.first_page;
+      tile_bytes_ = item.tile_bytes;
+      const int page = page_of(lane);
+      unit_ = item.pages[min(page, kItemPages - 1)].unit;
+      if (page >= kItemPages && lane < n_tiles_) {
+        unit_ = __ldg(&params.pages[first_page_ + page].unit);
       }
       unit_ += unit_in_page();
+      next_item_ = item.next;
     }
     known_ = min(next_ + kWarpLanes, n_tiles_);
+  }
+  // The group that next_item_ is the first of; the group after it comes closer.
+  __device__ __forceinline__ void load_group(const DecodeParams& params, int lane) {
+    const uint4 words =
+        ptx::load_16(reinterpret_cast<const uint4*>(params.items + next_item_) + lane);
+    __syncwarp();  // every lane has read what was there
+    reinterpret_cast<uint4*>(group_)[lane] = words;
+    __syncwarp();
+    const int next = group_[kItemGroup - 1].next;
+    if (next >= 0 && lane < kItemGroup) {
+      ptx::prefetch(params.items + next + lane);
+    }
   }
   __device__ __forceinline__ int page_of(int tile) const {
     return (first_ + tile * kWarps) / kTilesPerPage;
@@ -109,15 +121,15 @@ class TileRing {
     if (next_ >= known_) {
       return;
     }
-    const int holder = next_ % kWarpLanes;
     const uint32_t to = ptx::shared_address(slots_) + slot * slot_bytes_;
+    const uint32_t unit = __shfl_sync(ptx::kFullWarp, unit_, next_ & (kWarpLanes - 1));
+    const uint8_t* from = params.pool + static_cast<uint64_t>(unit) * kTileAlignment;
 #if __CUDA_ARCH__ >= 900
-    if (lane == holder) {
+    if (ptx::elect_lane()) {
       ptx::barrier_expect_bytes(barrier(slot), tile_bytes_);
-      ptx::bulk_copy(to, address_of(params, unit_), tile_bytes_, barrier(slot));
+      ptx::bulk_copy(to, from, tile_bytes_, barrier(slot));
     }
 #else
-    const uint8_t* from = address_of(params, __shfl_sync(ptx::kFullWarp, unit_, holder));
     for (int at = lane * 16; at < tile_bytes_; at += kWarpLanes * 16) {
       ptx::copy_16(to + at, from + at);
     }
@@ -127,10 +139,6 @@ class TileRing {
       find_tiles(params, lane);
     }
   }
-  __device__ __forceinline__ static const uint8_t* address_of(const DecodeParams& params,
-                                                              uint32_t unit) {
-    return params.pool + static_cast<uint64_t>(unit) * kTileAlignment;
-  }
 
   uint32_t control_;
   uint8_t* slots_;
@@ -138,6 +146,7 @@ class TileRing {
   int slot_bytes_;
   int next_item_;
   int warp_;
+  WorkItem* group_;  // the items from the last multiple of kItemGroup on, in shared memory
   WarpTurn<kWarps> turn_;
   int first_ = 0;  // this warp's first tile of the item
   int first_page_ = 0;

@@ -148,6 +148,7 @@ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
     emulation::yield();
   }
 }
+inline bool elect_lane() { return threadIdx.x % 32 == 0; }
 inline void barrier_expect_bytes(uint32_t barrier, uint32_t bytes) {
   internal::Barrier& b = internal::barrier_at(barrier);
   b.bytes += static_cast<int32_t>(bytes);
