@@ -116,10 +116,12 @@ def calibrate(args, models):
     text = args.work / "moby_dick_first_half.txt"
     whole = harness.data_file(MOBY_DICK).read_text(encoding="utf-8")
     text.write_text(whole[:len(whole) // 2], encoding="utf-8")
-    for model in models:
-        zipcache(args, "calibrate", "-m", model, "--data", text, "-t", args.threads,
-                 *(["--tokens", 256, "-c", 128] if args.smoke else []), "-o",
-                 calibration(args, model))
+    with ThreadPoolExecutor(max_workers=args.jobs) as pool:
+        list(pool.map(
+            lambda model: zipcache(args, "calibrate", "-m", model, "--data", text, "-t", args.threads,
+                                   *(["--tokens", 256, "-c", 128] if args.smoke else []), "-o",
+                                   calibration(args, model)),
+            models))
 
 
 def with_calibration(args, run, policy):

@@ -341,7 +341,6 @@ __global__ void __launch_bounds__(decode_threads(kHeadDim), kDecodeBlocksPerSm)
   const int lane = threadIdx.x % kWarpLanes;
   const int group = plan.group;
   const DecodeShared at = decode_shared(kHeadDim, group);
-
   const int first_item = static_cast<int>(blockIdx.x) * kItemGroup;
 
   ptx::let_next_launch_start();

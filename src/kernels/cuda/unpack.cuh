@@ -129,8 +129,8 @@ __device__ __forceinline__ void load_words(const uint8_t* plane, int lane, int f
 // --- A tile's scores and its share of the output -------------------------------------------------
 
 // s[block] += keys of a 16-token block x query operands, for both blocks of a tile, in units of
-// kSubnormalUnit. q is the lane's
-// column of [head_dim / 32][kColumns]: the operands of two k-steps. kHeadDim: of the matrix.
+// kSubnormalUnit. q is the lane's column of [head_dim / 32][kColumns]: the operands of two k-steps.
+// kHeadDim: of the matrix.
 template <int kHeadDim, int kBits, int kColumns>
 __device__ __forceinline__ void multiply_keys(const uint8_t* codes, int lane, const uint4* q,
                                               float (&s)[2][4]) {
