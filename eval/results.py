@@ -46,7 +46,8 @@ METRICS = ["mode=paper", *(f"mode=paper,metric={metric}"
 PROBES = ["mode=paper,key-salient=40,value-salient=40",
           *(f"mode=paper,key-salient=40,value-salient=40,probes={probes}"
             for probes in ("all", "recent", "random"))]
-LINES = ["q4_0", "default", "policy=mikv", "policy=kivi,key-bits=2,value-bits=2", "policy=h2o"]
+KIVI_2 = "policy=kivi,key-bits=2,value-bits=2"
+METHODS = ["q4_0", "default", "policy=mikv", KIVI_2]
 
 
 @dataclass
@@ -71,9 +72,8 @@ RUNS = [
     Run("ratio-generation", "ratio", ["default", "append=0"], SMOLLM2,
         {"--prompt": 256, "--tokens": "256,271,287,303,319,335,351,383,415,447,511,543,609,675,741,"
                                       "807,1005,1265,1539,1978,2048,4096"}),
-    *(ppl(f"ppl-{model_name}-{text_name}-2048", FRONTIER, text, model,
-          **{"-c": 2048, "--chunks": chunks})
-      for model_name, model, chunks in (("smollm2", SMOLLM2, 2), ("gemma3", GEMMA3, 1))
+    *(ppl(f"ppl-{model_name}-{text_name}-2048", FRONTIER, text, model, **{"-c": 2048, "--chunks": 1})
+      for model_name, model in (("smollm2", SMOLLM2), ("gemma3", GEMMA3))
       for text_name, text in (("wiki", WIKI), ("moby", MOBY_DICK), ("war", WAR_AND_PEACE))),
     *(ppl(f"ppl-{model_name}-{text_name}-8192", LONG, text, model, **{"-c": 8192, "--chunks": 1})
       for model_name, model in (("smollm2", SMOLLM2), ("gemma3", GEMMA3))
@@ -83,9 +83,9 @@ RUNS = [
     ppl("granularity-smollm2-wiki-2048", UNIFORM, WIKI, **{"-c": 2048, "--chunks": 2}),
     ppl("metrics-smollm2-wiki-2048", METRICS, WIKI, **{"-c": 2048, "--chunks": 2}),
     ppl("probes-smollm2-wiki-2048", PROBES, WIKI, **{"-c": 2048, "--chunks": 2}),
-    Run("lines-smollm2", "lines", LINES, SMOLLM2, {"--lines": 5, "--items": 500},
-        {"--lines": 2, "--items": 2}),
-    Run("metrics-lines-smollm2", "lines", METRICS, SMOLLM2, {"--lines": 5, "--items": 100},
+    Run("lines-smollm2", "lines", ["default", KIVI_2, "policy=h2o"], SMOLLM2,
+        {"--lines": 5, "--items": 500}, {"--lines": 2, "--items": 2}),
+    Run("methods-lines-smollm2", "lines", METHODS + METRICS, SMOLLM2, {"--lines": 5, "--items": 100},
         {"--lines": 2, "--items": 2}),
     Run("agreement-smollm2", "agreement", ["q8_0", "q4_0", "default", "mode=paper"], SMOLLM2,
         {"--items": 24}, {"--items": 1, "--prompt-tokens": 32, "-n": 4}),

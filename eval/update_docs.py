@@ -44,7 +44,7 @@ for run, table in (("ppl-smollm2-*-2048", tables.kld), ("ppl-gemma3-*-2048", tab
                    ("ppl-smollm2-*-8192", tables.kld), ("ppl-gemma3-*-8192", tables.kld),
                    ("decode-smollm2-*", tables.kld), ("granularity-smollm2-*", tables.kld),
                    ("metrics-smollm2-*", tables.kld), ("probes-smollm2-*", tables.kld),
-                   ("lines-smollm2", tables.scores), ("metrics-lines-smollm2", tables.scores),
+                   ("lines-smollm2", tables.scores), ("methods-lines-smollm2", tables.scores),
                    ("agreement-smollm2", tables.agreement)):
     name = run.replace("-*", "")
     TABLES[name] = (f"{run}.jsonl", KLD_KEYS, table, f"eval/results.py {run.split('-*')[0]}")

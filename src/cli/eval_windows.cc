@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "cli/cpu_time.h"
@@ -70,19 +71,9 @@ class WindowRun {
         options_(options),
         reference_(window.n_scored(), caches.model().n_vocab()) {}
 
-  // What the others are compared with.
-  Expected<Progress> read_reference(const eval::PolicySpec& policy) {
-    Expected<Session> session = open(policy);
-    if (!session) {
-      return session.error();
-    }
-    double visit_seconds = 0;
-    return read_window(
-        *session, window_, options_.style, options_.n_threads, &visit_seconds,
-        [&](std::size_t row, const float* logits) { reference_.store(row, logits); });
-  }
-
-  Expected<Progress> read_compared(const eval::PolicySpec& policy, eval::Sample& sample) {
+  // Reads the window and compares with the first reading, which is compared with itself.
+  Expected<Progress> read(const eval::PolicySpec& policy, eval::Sample& sample) {
+    const bool is_reference = !std::exchange(has_reference_, true);
     Expected<Session> session = open(policy);
     if (!session) {
       return session.error();
@@ -93,6 +84,9 @@ class WindowRun {
     Expected<Progress> read =
         read_window(*session, window_, options_.style, options_.n_threads, &visit_seconds,
                     [&](std::size_t row, const float* logits) {
+                      if (is_reference) {
+                        reference_.store(row, logits);
+                      }
                       sample.positions[row] = eval::compare(
                           logits, reference_, row, window_.target(window_.first_scored + row));
                     });
@@ -125,6 +119,7 @@ class WindowRun {
   const eval::Window& window_;
   const EvalOptions& options_;
   eval::ReferenceRows reference_;
+  bool has_reference_ = false;
 };
 
 }  // namespace
@@ -145,16 +140,19 @@ Expected<Progress> run_windows(const EvalCaches& caches, std::span<const eval::P
     if (missing.empty()) {
       continue;
     }
-    WindowRun run(caches, windows[index], options);
-    if (Expected<Progress> read = run.read_reference(policies[0]);
-        !read || *read == Progress::kStopped) {
-      return read;
+    const bool reference_is_known = missing[0] != policies.data();
+    if (reference_is_known) {  // its predictions are not
+      missing.insert(missing.begin(), policies.data());
     }
+    WindowRun run(caches, windows[index], options);
     for (const eval::PolicySpec* policy : missing) {
       eval::Sample sample{.policy = policy->name, .item = item};
-      if (Expected<Progress> read = run.read_compared(*policy, sample);
+      if (Expected<Progress> read = run.read(*policy, sample);
           !read || *read == Progress::kStopped) {
         return read;
+      }
+      if (policy == policies.data() && reference_is_known) {
+        continue;
       }
       if (Status added = journal.add(std::move(sample)); !added) {
         return added.error();

@@ -22,6 +22,16 @@ float log_sum_exp(const float* logits, std::size_t n, float max) {
   return static_cast<float>(std::log(sum));
 }
 
+// Where the largest of n > 0 is. In two passes, of which the first is done several at a time.
+template <typename T>
+std::size_t first_largest(const T* x, std::size_t n) {
+  T largest = x[0];
+  for (std::size_t i = 1; i < n; ++i) {
+    largest = std::max(largest, x[i]);
+  }
+  return static_cast<std::size_t>(std::find(x, x + n, largest) - x);
+}
+
 }  // namespace
 
 ReferenceRows::ReferenceRows(std::size_t n_rows, std::size_t n_vocab)
@@ -36,9 +46,8 @@ void ReferenceRows::store(std::size_t row, const float* logits) {
   std::uint16_t* out = steps_.data() + row * n_vocab_;
   const float inverse = step > 0 ? 1 / step : 0;
   for (std::size_t token = 0; token < n_vocab_; ++token) {
-    out[token] = logits[token] > min
-                     ? static_cast<std::uint16_t>(std::nearbyint(inverse * (logits[token] - min)))
-                     : 0;
+    const float n_steps = logits[token] > min ? inverse * (logits[token] - min) : 0;
+    out[token] = static_cast<std::uint16_t>(static_cast<int>(n_steps + 0.5f));
   }
 }
 
@@ -46,28 +55,22 @@ PositionResult compare(const float* logits, const ReferenceRows& reference, std:
                        std::int32_t target) {
   const std::size_t n_vocab = reference.n_vocab();
   ZC_CHECK(target >= 0 && std::size_t(target) < n_vocab);
-  const auto top = static_cast<std::size_t>(std::max_element(logits, logits + n_vocab) - logits);
+  const std::size_t top = first_largest(logits, n_vocab);
   const float normalizer = logits[top] + log_sum_exp(logits, n_vocab, logits[top]);
   PositionResult result;
   result.nll = normalizer - logits[target];
   result.nll_base = -reference.log_prob(row, static_cast<std::size_t>(target));
 
-  std::size_t base_top = 0;
-  float base_max = -INFINITY;
+  const std::uint16_t* steps = reference.steps(row);
   double kld = 0;
   for (std::size_t token = 0; token < n_vocab; ++token) {
-    const float base = reference.log_prob(row, token);
-    if (base > base_max) {
-      base_max = base;
-      base_top = token;
-    }
-    if (base > -kNatsKept) {
-      kld += std::exp(base) * (base - logits[token] + normalizer);
-    }
+    const float base = reference.log_prob_of(row, steps[token]);
+    const float term = std::exp(base) * (base - logits[token] + normalizer);
+    kld += base > -kNatsKept ? term : 0.0f;
   }
   result.kld = static_cast<float>(kld);
   result.p_diff = std::exp(-result.nll) - std::exp(-result.nll_base);
-  result.same_top = top == base_top;
+  result.same_top = top == first_largest(steps, n_vocab);
   return result;
 }
 

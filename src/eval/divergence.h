@@ -24,7 +24,12 @@ class ReferenceRows {
   std::size_t n_rows() const { return scales_.size(); }
   std::size_t n_vocab() const { return n_vocab_; }
   float log_prob(std::size_t row, std::size_t token) const {
-    return scales_[row].step * float(steps_[row * n_vocab_ + token]) + scales_[row].least;
+    return log_prob_of(row, steps(row)[token]);
+  }
+  // [n_vocab], and what a number of steps stands for.
+  const std::uint16_t* steps(std::size_t row) const { return steps_.data() + row * n_vocab_; }
+  float log_prob_of(std::size_t row, std::uint16_t n_steps) const {
+    return scales_[row].step * float(n_steps) + scales_[row].least;
   }
 
  private:
