@@ -31,12 +31,13 @@ WAR_AND_PEACE = "books/pg2600_war_and_peace.txt"
 
 # Settings were chosen by the first halves of the texts; windows come from the second ones.
 HELD_OUT = {"--skip-percent": 50}
+KIVI_2 = "policy=kivi,key-bits=2,value-bits=2"
 OURS = ["default", "kv-bits=3", "kv-bits=2.6", "kv-bits=2.25"]
 FRONTIER = ["q8_0", "q4_0", "policy=fp16", *OURS, "mode=paper",
-            "policy=kivi,key-bits=4,value-bits=4", "policy=kivi,key-bits=2,value-bits=2",
-            "policy=gear", "policy=mikv", "policy=h2o", "policy=static", "policy=skvq"]
+            "policy=kivi,key-bits=4,value-bits=4", KIVI_2, "policy=gear", "policy=mikv",
+            "policy=h2o", "policy=static", "policy=skvq"]
 CALIBRATED = ("policy=static", "policy=skvq")  # these get their model's calibration file
-LONG = ["q4_0", *OURS, "mode=paper", "policy=kivi,key-bits=2,value-bits=2"]
+LONG = ["q4_0", *OURS, "mode=paper", KIVI_2]
 UNIFORM = [f"policy=uniform,granularity={granularity},key-bits={bits},value-bits={bits}"
            for bits in (4, 2)
            for granularity in ("tokenwise", "channelwise+tokenwise", "groupwise",
@@ -46,7 +47,6 @@ METRICS = ["mode=paper", *(f"mode=paper,metric={metric}"
 PROBES = ["mode=paper,key-salient=40,value-salient=40",
           *(f"mode=paper,key-salient=40,value-salient=40,probes={probes}"
             for probes in ("all", "recent", "random"))]
-KIVI_2 = "policy=kivi,key-bits=2,value-bits=2"
 METHODS = ["q4_0", "default", "policy=mikv", KIVI_2]
 
 

@@ -69,6 +69,23 @@ class Claims(unittest.TestCase):
             verdicts = self.judge(claims.AIMS, **{"lines-smollm2": lines(score)})
             self.assertEqual(verdicts["A5"], verdict)
 
+    def test_quantizing_beside_evicting(self):
+        def records(n_items, **scores):
+            policies = {"default": "default", "kivi": "policy=kivi,key-bits=2,value-bits=2",
+                        "mikv": "policy=mikv", "h2o": "policy=h2o"}
+            return [{"policy": policies[name], "score": score, "n_items": n_items}
+                    for name, score in scores.items()]
+
+        for kivi, mikv, h2o, expected in ((.2, .1, 0, "**reproduced**"),
+                                          (.4, .1, 0, "**not reproduced**"),
+                                          (.2, .4, 0, "**not reproduced**"),
+                                          (.2, .1, .2, "**not reproduced**"),
+                                          (.2, .1, .1, "**not reproduced**")):
+            verdicts = self.judge(claims.PAPER, **{
+                "lines-smollm2": records(500, default=.3, kivi=kivi, h2o=h2o),
+                "methods-lines-smollm2": records(100, default=.3, mikv=mikv)})
+            self.assertEqual(verdicts["C9"], expected)
+
     def test_orderings(self):
         def records(*klds):
             names = ("mode=paper,key-salient=40,value-salient=40",)

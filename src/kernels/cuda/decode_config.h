@@ -8,9 +8,9 @@ namespace zipcache::cuda {
 inline constexpr int kMaxGroup = 8;  // query heads per KV head: columns of one matrix instruction
 inline constexpr int kMaxRingSlots = 8;
 
-// Two blocks of 8 warps per SM (measured against 4 to 6 blocks of 4 and 2 of 10: the
-// fewer blocks share a row, the shorter its merge, and more warps do not stream faster). head_dim
-// 256 has twice the accumulators.
+// Two blocks of 8 warps per SM (measured against 4 to 6 blocks of 4 and 2 of 10: the fewer blocks
+// share a row, the shorter its merge, and more warps do not stream faster). head_dim 256 has twice
+// the accumulators.
 ZC_HOST_DEVICE constexpr int decode_warps(int head_dim) { return head_dim == 256 ? 4 : 8; }
 ZC_HOST_DEVICE constexpr int decode_threads(int head_dim) {
   return decode_warps(head_dim) * kWarpLanes;
