@@ -95,7 +95,7 @@ struct RowState {
     }
   }
 
-  // Scores (times norm) to weights p in place; adds them up.
+  // Scores, in the units of q, to weights p in place; adds them up.
   __device__ __forceinline__ void softmax(float (&s)[2][4], const Query& q, int tokens, int lane) {
     if (tokens < kTileTokens) {
 #pragma unroll
@@ -110,18 +110,19 @@ struct RowState {
 #pragma unroll
     for (int e = 0; e < kLaneHeads; ++e) {
       largest[e] = fmaxf(fmaxf(s[0][e], s[0][2 + e]), fmaxf(s[1][e], s[1][2 + e]));
-      largest[e] *= q.inverse[e];
+      largest[e] = fmaf(largest[e], q.inverse[e], q.start[e]);
       exceeds |= largest[e] > max[e] + kRescaleThreshold;
     }
     if (__any_sync(ptx::kFullWarp, exceeds)) {
       raise_max(largest);
     }
 #pragma unroll
-    for (int part = 0; part < 4; ++part) {
+    for (int e = 0; e < kLaneHeads; ++e) {
+      const float offset = q.start[e] - max[e];
 #pragma unroll
-      for (int e = 0; e < kLaneHeads; ++e) {
+      for (int part = 0; part < 4; ++part) {
         float& score = s[part / 2][part % 2 * 2 + e];
-        score = ptx::exp2(fmaf(score, q.inverse[e], -max[e]));
+        score = ptx::exp2(fmaf(score, q.inverse[e], offset));
         sum[e] += score;
       }
     }
@@ -184,19 +185,25 @@ struct RowState {
   // One tile of codes in shared memory.
   __device__ __forceinline__ void add_tile(const uint8_t* tile, const TileShape& shape, int tokens,
                                            const Query& q, int lane) {
-    constexpr int kColumns = Query::kColumns;
-    const uint4* column = q.column();
-    float s[2][4];
-#pragma unroll
-    for (int n = 0; n < 4; ++n) {
-      s[0][n] = s[1][n] = q.start[n % kLaneHeads];
-    }
+    int sums[kLaneHeads][2][4] = {};
     if (shape.key_bits == TileShape::kWideKeys) {
-      multiply_wide_keys<kHeadDim, kColumns>(tile, shape.wide_chunks, lane, column, s);
+      multiply_wide_keys<kHeadDim, kLaneHeads>(tile, shape.wide_chunks, lane, q.column(), sums);
     } else {
       with_width(shape.key_bits, [&](auto bits) {
-        multiply_keys<kHeadDim, bits(), kColumns>(tile, lane, column, s);
+        multiply_keys<kHeadDim, bits(), kLaneHeads>(tile, lane, q.column(), sums);
       });
+    }
+    // The parts of a product: in two columns of a lane, or of two multiplications.
+    float s[2][4];
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      const int block = n / 4, at = n % 4;
+      if (kLaneHeads == 1 && at % 2 == 0) {
+        s[block][at] = static_cast<float>(sums[0][block][at] * 256 + sums[0][block][at + 1]);
+      } else if (kLaneHeads == 2) {
+        s[block][at] =
+            static_cast<float>(sums[0][block][at] * 256 + sums[kLaneHeads - 1][block][at]);
+      }
     }
     softmax(s, q, tokens, lane);
 
@@ -232,16 +239,12 @@ struct RowState {
     float s[2][4] = {};
 #pragma unroll 1  // here and below: the loads of a whole tile at once would spill
     for (int block = 0; block * 16 < tokens; ++block) {
-      float part[4];
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        part[n] = q.start[n % kLaneHeads];
-      }
+      float part[4] = {};
 #pragma unroll 1
       for (int chunk = 0; chunk < kHeadDim / 32; ++chunk) {
         const uint4 upper = row(k, block * 16 + g, chunk * 32 + i * 8);
         const uint4 lower = row(k, block * 16 + g + 8, chunk * 32 + i * 8);
-        const uint4 b = q.column()[chunk * Query::kColumns];
+        const uint4 b = q.half_column()[chunk * Query::kHalfColumns];
         ptx::mma_16x8x16(part, {upper.x, lower.x, upper.y, lower.y}, b.x, b.y);
         ptx::mma_16x8x16(part, {upper.z, lower.z, upper.w, lower.w}, b.z, b.w);
       }

@@ -140,35 +140,40 @@ ZC_HOST_DEVICE constexpr int high_bit_shift(int v, int half, int n) {
   return 16 * half + 4 * n + kBase[v];
 }
 
-// Key of `token` (0..31 of the tile), channel 0..head_dim-1 of one matrix of codes.
+// Of a 3-bit key: the bit of its byte in the 1-bit plane. Shifting that plane by 0, >>1, <<1, <<2
+// (lower channels; 0, >>1, >>2, >>3 for upper ones) brings the bits of (block, row) = (0, 0), (0,
+// 1), (1, 0), (1, 1) beside the low bits.
+ZC_HOST_DEVICE constexpr int key_high_bit(int block, int row, int upper) {
+  constexpr int kLower[4] = {2, 3, 1, 0};
+  const int n = block * 2 + row;
+  return upper != 0 ? 4 + n : kLower[n];
+}
+
+// Key of `token` (0..31 of the tile), channel 0..head_dim-1 of one matrix of codes. A byte of a
+// word holds codes of one channel, so that a mask leaves four codes of one token.
 ZC_HOST_DEVICE constexpr CodePosition key_position(int head_dim, int bits, int token, int channel) {
   const int lane = (token & 7) * 4 + ((channel >> 3) & 3);
-  const int row = (token >> 3) & 1;  // which row of the matrix tile: g or g + 8
-  const int block = token >> 4;      // which of the two 16-token matrix tiles
-  const int chunk = channel >> 5;    // 8 channels of the lane: two k-steps
-  const int odd_step = (channel >> 2) & 1;
-  const int upper = (channel >> 1) & 1;  // a0, a1 or a2, a3
-  const int half = channel & 1;
-  const int nibble = upper + 2 * row;
+  const int row = (token >> 3) & 1;      // which row of the matrix tile: g or g + 8
+  const int block = token >> 4;          // which of the two 16-token matrix tiles
+  const int chunk = channel >> 5;        // 8 channels of the lane: one k-step
+  const int upper = (channel >> 2) & 1;  // a0, a1 or a2, a3
+  const int byte = 8 * (channel & 3);
   CodePosition at;
   switch (bits) {
     case 2:
-      at.low = {word_offset(head_dim, 2, lane, chunk * 2 + block),
-                16 * half + 2 * (2 * odd_step + upper + 4 * row), 2};
+      at.low = {word_offset(head_dim, 2, lane, chunk * 2 + block), byte + 4 * row + 2 * upper, 2};
       break;
     case 3:
-      at.low = {word_offset(head_dim, 2, lane, chunk * 2 + block),
-                16 * half + 2 * (2 * nibble + odd_step), 2};
+      at.low = {word_offset(head_dim, 2, lane, chunk * 2 + block), byte + 4 * row + 2 * upper, 2};
       at.high = {tile_code_bytes(head_dim, 2) + word_offset(head_dim, 1, lane, chunk),
-                 high_bit_shift(block * 2 + odd_step, half, nibble), 1};
+                 byte + key_high_bit(block, row, upper), 1};
       break;
     case 4:
-      at.low = {word_offset(head_dim, 4, lane, (chunk * 2 + odd_step) * 2 + block),
-                16 * half + 4 * nibble, 4};
+      at.low = {word_offset(head_dim, 4, lane, (chunk * 2 + block) * 2 + row), byte + 4 * upper, 4};
       break;
     default:
-      at.low = {word_offset(head_dim, 8, lane, ((chunk * 2 + odd_step) * 2 + block) * 2 + row),
-                16 * half + 8 * upper, 8};
+      at.low = {word_offset(head_dim, 8, lane, ((chunk * 2 + block) * 2 + row) * 2 + upper), byte,
+                8};
       break;
   }
   return at;

@@ -65,7 +65,6 @@ template <int kHeadDim, int kMatrixChannels, int kBits>
 __device__ __forceinline__ void expand_key_chunk(const uint8_t* codes, int of_matrix,
                                                  const HalfBits* set, int tile, int chunk,
                                                  uint4* keys, int lane) {
-  constexpr CodeBase kBase = CodeBase::k1024;
   constexpr int kLowBits = kBits == 3 ? 2 : kBits;
   const int g = lane >> 2, i = lane & 3;
   uint32_t w[kLowBits], high = 0;
@@ -77,32 +76,18 @@ __device__ __forceinline__ void expand_key_chunk(const uint8_t* codes, int of_ma
   const uint4 minimum = ptx::load_16(set + kHeadDim + chunk * 32 + i * 8);
 #pragma unroll
   for (int block = 0; block < 2; ++block) {
-    uint32_t even[4], odd[4];
-    if constexpr (kBits == 2) {
-      unpack_key_2<kBase>(w[block], even, odd);
-    } else if constexpr (kBits == 3) {
-      uint32_t nibbles[2];
-      merge_planes(w[block], block == 0 ? high : high << 2, block == 0 ? high >> 1 : high << 1,
-                   nibbles);
-      unpack_key_nibbles<kBase, 7>(nibbles[0], even);
-      unpack_key_nibbles<kBase, 7>(nibbles[1], odd);
-    } else if constexpr (kBits == 4) {
-      unpack_key_nibbles<kBase, 15>(w[block], even);
-      unpack_key_nibbles<kBase, 15>(w[2 + block], odd);
-    } else {
-      unpack_bytes<kBase>(w[block * 2], w[block * 2 + 1], even);
-      unpack_bytes<kBase>(w[4 + block * 2], w[4 + block * 2 + 1], odd);
-    }
-    const auto value = [](uint32_t u, int odd_step, int upper, uint32_t s, uint32_t m) {
-      const uint32_t code = code_of(u, key_inverse_place(kBits, odd_step, upper));
-      return ptx::fma_half2(code, s, m);
+    uint32_t a[4];
+    unpack_keys<kBits>(w, high, block, a);
+    // Bytes 2n and 2n + 1, with the exponent of 1024 above each.
+    const auto value = [](uint32_t bytes, int n, int upper, uint32_t s, uint32_t m) {
+      const uint32_t u = __byte_perm(bytes, 0x64646464u, n == 0 ? 0x4140 : 0x4342);
+      return ptx::fma_half2(code_of(u, key_inverse_place(kBits, upper)), s, m);
     };
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       keys[key_unit<kHeadDim>(tile * kTileTokens + block * 16 + row * 8 + g, chunk * 4 + i)] = {
-          value(even[row], 0, 0, scale.x, minimum.x),
-          value(even[2 + row], 0, 1, scale.y, minimum.y), value(odd[row], 1, 0, scale.z, minimum.z),
-          value(odd[2 + row], 1, 1, scale.w, minimum.w)};
+          value(a[row], 0, 0, scale.x, minimum.x), value(a[row], 1, 0, scale.y, minimum.y),
+          value(a[2 + row], 0, 1, scale.z, minimum.z), value(a[2 + row], 1, 1, scale.w, minimum.w)};
     }
   }
 }
@@ -168,8 +153,8 @@ __device__ __forceinline__ void expand_values(const uint8_t* codes, const HalfBi
         unpack_value_nibbles<kBase, 15>(w[block * 2], step[0]);
         unpack_value_nibbles<kBase, 15>(w[block * 2 + 1], step[1]);
       } else {
-        unpack_bytes<kBase>(w[block * 4], w[block * 4 + 1], step[0]);
-        unpack_bytes<kBase>(w[block * 4 + 2], w[block * 4 + 3], step[1]);
+        unpack_value_8<kBase>(w[block * 4], w[block * 4 + 1], step[0]);
+        unpack_value_8<kBase>(w[block * 4 + 2], w[block * 4 + 3], step[1]);
       }
 #pragma unroll
       for (int row = 0; row < 2; ++row) {

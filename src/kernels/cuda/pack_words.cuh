@@ -37,10 +37,10 @@ __device__ __forceinline__ void store_key_words(uint8_t* tile, int lane, int chu
 #pragma unroll
     for (int c = 0; c < 8; ++c) {
       // Lane 0's position, as if it were chunk 0: word and shift do not depend on lane or chunk.
-      const int block = n / 2, row = n % 2, step = c / 4;
+      const int block = n / 2, row = n % 2, upper = c / 4;
       const int word = kBits <= 3   ? block
-                       : kBits == 4 ? step * 2 + block
-                                    : (step * 2 + block) * 2 + row;
+                       : kBits == 4 ? block * 2 + row
+                                    : (block * 2 + row) * 2 + upper;
       const CodePosition at = key_position(kHeadDim, kBits, n * 8, c);
       low[word] |= (codes[n][c] & ((1u << kLowBits) - 1)) << at.low.shift;
       if (kBits == 3) {

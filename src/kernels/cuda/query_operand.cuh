@@ -17,21 +17,24 @@ struct FoldKeys {
   PageClass cls;
 };
 
-// The query as the operand of one width and scale set: q^ = scale * q * s / p, times a power of two
-// `norm` per head that keeps fp16 in range. A warp folds all channels of a head, the block shares
-// what its warps have folded. The operand that is wanted next is folded with it, by the warps that
-// have no head left to fold, and later taken without a barrier.
+// The query as the operand of one width and scale set: q^ = scale * q * s / p, times a number
+// `norm` per head. A warp folds all channels of a head, the block shares what its warps have
+// folded. The operand that is wanted next is folded with it, by the warps that have no head left to
+// fold, and later taken without a barrier.
 //
-// Column c of the matrix instruction is head c; where a lane has one head (groups up to 4), columns
-// 2c and 2c + 1 are head c, so that no lane works for a head that is not there. Columns beyond the
-// group repeat its first head.
+// For codes q^ is an integer of 16 bits, in two parts: 256 * (part 0) + (part 1), each a byte with
+// its sign. Groups up to 4 have a lane for each head: column 2c of the matrix instruction is part 0
+// of head c, column 2c + 1 part 1. Larger groups have a column for each head and multiply twice.
+// For the fp16 tail q^ is fp16; a lane of one head finds it in both of its columns. Columns beyond
+// the group repeat its first head.
 template <int kHeadDim, int kLaneHeads>
 class QueryOperand {
  public:
-  static constexpr int kColumns = query_columns(kLaneHeads);
+  static constexpr int kHalfColumns = query_columns(kLaneHeads);
+  using Words = QueryWords<kLaneHeads>;  // as many products as a lane has heads
 
-  float start[kLaneHeads];    // what a score of a head starts from: the minima, in its units
-  float inverse[kLaneHeads];  // its units: 1 / norm, and 1 / kSubnormalUnit for codes
+  float start[kLaneHeads];    // of the lane's heads: score * inverse + start is scale * q . k,
+  float inverse[kLaneHeads];  // base 2
 
   // In shared memory: `words`, 4 operands of query_operand_bytes(), `scalars`, 4 of
   // kQueryScalarBytes, and `row`, head_dim floats of this warp that are free during take().
@@ -39,16 +42,21 @@ class QueryOperand {
                                           uint8_t* scalars, float* row, int lane)
       : params_(params),
         group_(group),
-        words_(reinterpret_cast<uint4*>(words)),
+        words_(words),
         scalars_(reinterpret_cast<float2*>(scalars)),
         row_(row) {
-    const int head = (lane >> 2) * kLaneHeads / kMaxLaneHeads;
-    column_ = (head < group ? head : 0) * 4 + (lane & 3);
+    const int column = lane >> 2, head = column * kLaneHeads / kMaxLaneHeads;
+    column_ = (head < group ? column : column % (kMaxLaneHeads / kLaneHeads)) * 4 + (lane & 3);
   }
 
-  // This lane's column of [head_dim / 32][kColumns]: the operands of two k-steps.
-  __device__ __forceinline__ const uint4* column() const {
-    return words_ + operand_ * kWords + column_;
+  // This lane's column of [head_dim / 32][32 lanes], for codes.
+  __device__ __forceinline__ const Words* column() const {
+    return reinterpret_cast<const Words*>(words_ + operand_ * kBytes) + column_;
+  }
+  // Of [head_dim / 32][kHalfColumns], for fp16 rows: the operands of two k-steps.
+  __device__ __forceinline__ const uint4* half_column() const {
+    const int column = column_ / 4 * kLaneHeads / kMaxLaneHeads * 4 + column_ % 4;
+    return reinterpret_cast<const uint4*>(words_ + operand_ * kBytes) + column;
   }
 
   // Takes the operand of `keys`, which was folded as `next`, or folds it, and `next`, if that is
@@ -85,14 +93,14 @@ class QueryOperand {
   __device__ __forceinline__ void forget() { next_set_ = FoldKeys::kNone; }
 
  private:
-  static constexpr int kWords = kHeadDim / 32 * kColumns;
+  static constexpr int kBytes = query_operand_bytes(kHeadDim, kLaneHeads);
   static constexpr int kLaneChannels = kHeadDim / kWarpLanes;  // of a head that a warp folds
   static constexpr int kPairs = kLaneChannels / 2;
 
   __device__ __forceinline__ void fold(const float* q, int head, FoldKeys keys, int operand,
                                        int lane) {
     const int at = lane * kLaneChannels, chunk = at / 32;
-    uint32_t x[kPairs], s[kPairs], m[kPairs], rounded[kPairs];
+    uint32_t x[kPairs], s[kPairs], m[kPairs];
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair) {  // fp16 rows
       s[pair] = 0x3c003c00u;
@@ -108,9 +116,8 @@ class QueryOperand {
     float folded[kLaneChannels], largest = 0, minimum = 0;
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair) {  // its channels share their place
-      const int of_8 = at % 8 / 2 + pair;
-      const float factor =
-          log2_scale * key_inverse_place(keys.cls.chunk_bits(chunk), of_8 >> 1, of_8 & 1);
+      const int upper = (at % 8 + pair * 2) / 4;
+      const float factor = log2_scale * key_inverse_place(keys.cls.chunk_bits(chunk), upper);
       const float low = ptx::low_half(x[pair]), high = ptx::high_half(x[pair]);
       folded[pair * 2] = low * ptx::low_half(s[pair]) * factor;
       folded[pair * 2 + 1] = high * ptx::high_half(s[pair]) * factor;
@@ -122,20 +129,50 @@ class QueryOperand {
       largest = fmaxf(largest, __shfl_xor_sync(ptx::kFullWarp, largest, offset));
       minimum += __shfl_xor_sync(ptx::kFullWarp, minimum, offset);
     }
-    const int field = norm_field(largest);
-    const float norm = __int_as_float(field << 23);
+    uint8_t* const to = words_ + operand * kBytes + chunk * kChunkBytes;
+    float norm, inverse;
+    if (keys.set == FoldKeys::kTail) {
+      const int field = norm_field(largest);
+      norm = __int_as_float(field << 23), inverse = __int_as_float((254 - field) << 23);
+      uint32_t rounded[kPairs];
 #pragma unroll
-    for (int pair = 0; pair < kPairs; ++pair) {
-      rounded[pair] = ptx::pack_half2(folded[pair * 2] * norm, folded[pair * 2 + 1] * norm);
+      for (int pair = 0; pair < kPairs; ++pair) {
+        rounded[pair] = ptx::pack_half2(folded[pair * 2] * norm, folded[pair * 2 + 1] * norm);
+      }
+      store_words(rounded, to + (head * 4 + at % 32 / 8) * 16 + at % 8 * 2);
+    } else {
+      norm = largest > 0 ? kLargestOperand * ptx::reciprocal(largest) : 0.0f;
+      inverse = largest > 0 ? fmaxf(largest, 1e-30f) * (1.0f / kLargestOperand) : 1.0f;
+      store_parts(folded, norm, head, at % 32, to);
     }
-    store_pairs(rounded, reinterpret_cast<uint32_t*>(words_ + operand * kWords + chunk * kColumns +
-                                                     head * 4 + at % 32 / 8) +
-                             at % 8 / 2);
     if (lane == 0) {
-      const int unit = keys.set == FoldKeys::kTail ? 0 : kUnitField;  // of the products
-      scalars_[operand * kMaxGroup + head] = {
-          minimum * log2_scale * __int_as_float((field - unit) << 23),
-          __int_as_float((254 - field + unit) << 23)};
+      scalars_[operand * kMaxGroup + head] = {minimum * log2_scale, inverse};
+    }
+  }
+
+  // Channels `at` on (of 32) as bytes: of the low parts (signed) and, what they leave, the high
+  // ones.
+  __device__ __forceinline__ static void store_parts(const float (&folded)[kLaneChannels],
+                                                     float norm, int head, int at, uint8_t* to) {
+    constexpr int kOtherPart = kLaneHeads == 1 ? 4 * sizeof(Words) : sizeof(uint2);
+    uint32_t high[(kLaneChannels + 3) / 4] = {}, low[(kLaneChannels + 3) / 4] = {};
+#pragma unroll
+    for (int c = 0; c < kLaneChannels; ++c) {
+      const int whole = __float2int_rn(folded[c] * norm);
+      high[c / 4] |= ((whole + 128) >> 8 & 0xff) << c % 4 * 8;
+      low[c / 4] |= (whole & 0xff) << c % 4 * 8;
+    }
+    const int column = head * (kMaxLaneHeads / kLaneHeads) * 4 + at / 8;
+    uint8_t* const of_column = to + column * static_cast<int>(sizeof(Words)) + at % 8;
+    store_bytes(high, of_column);
+    store_bytes(low, of_column + kOtherPart);
+  }
+  template <int kWords>
+  __device__ __forceinline__ static void store_bytes(const uint32_t (&words)[kWords], uint8_t* to) {
+    if constexpr (kLaneChannels == 2) {
+      *reinterpret_cast<uint16_t*>(to) = static_cast<uint16_t>(words[0]);
+    } else {
+      store_words(words, to);
     }
   }
 
@@ -187,28 +224,29 @@ class QueryOperand {
       pairs[0] = __ldg(reinterpret_cast<const uint32_t*>(from));
     }
   }
-  __device__ __forceinline__ static void store_pairs(const uint32_t (&pairs)[kPairs],
-                                                     uint32_t* to) {
-    if constexpr (kPairs == 4) {
-      *reinterpret_cast<uint4*>(to) = {pairs[0], pairs[1], pairs[2], pairs[3]};
-    } else if constexpr (kPairs == 2) {
-      *reinterpret_cast<uint2*>(to) = {pairs[0], pairs[1]};
+  template <int kWords>
+  __device__ __forceinline__ static void store_words(const uint32_t (&words)[kWords], uint8_t* to) {
+    if constexpr (kWords == 4) {
+      *reinterpret_cast<uint4*>(to) = {words[0], words[1], words[2], words[3]};
+    } else if constexpr (kWords == 2) {
+      *reinterpret_cast<uint2*>(to) = {words[0], words[1]};
     } else {
-      *to = pairs[0];
+      *reinterpret_cast<uint32_t*>(to) = words[0];
     }
   }
-  // norm = 2^k such that the largest operand is in [512, 1024): its exponent field is 127 + 9. It
-  // and its inverse stay numbers in units of kSubnormalUnit, too.
+  // norm = 2^k such that the largest operand is in [512, 1024): its exponent field is 127 + 9.
   __device__ __forceinline__ static int norm_field(float largest) {
     const int field = __float_as_int(largest) >> 23;
-    return largest > 0 ? min(max(127 + 127 + 9 - field, kUnitField + 1), 253) : 127;
+    return largest > 0 ? min(max(127 + 127 + 9 - field, 1), 253) : 127;
   }
-  static constexpr int kUnitField = 24;
-  static_assert(kSubnormalUnit * (1 << kUnitField) == 1);
+  // 127 * 256 + 127: the largest that has two parts. A sum of 256 such times 255 is below 2^31.
+  static constexpr float kLargestOperand = 32639;
+  static constexpr int kChunkBytes = kHalfColumns * 16;
+  static_assert(kChunkBytes == kWarpLanes * static_cast<int>(sizeof(Words)));
 
   const DecodeParams& params_;
   const int group_;
-  uint4* words_;                    // [4 operands: of two folds, two each][head_dim / 32][kColumns]
+  uint8_t* words_;                  // [4 operands: of two folds, two each]
   float2* scalars_;                 // [4 operands][heads]: start and inverse
   float* row_;                      // of this warp: a query head, in its own order
   int column_;                      // the lane's

@@ -1,11 +1,13 @@
-// From the words of a device page to operands of the matrix instruction.
+// From the words of a device page to operands of the matrix instructions.
 //
-// A code k becomes an fp16 number by masking it out where it is, in the mantissa: one logic
-// operation, no conversion. Either as it comes, a subnormal number, k * p * 2^-24, where p = 2^(its
-// lowest bit): the matrix instruction takes these, and nothing has to be subtracted. Or with the
-// exponent of 1024 put in, 1024 + k * p, for arithmetic on pairs of fp16 numbers. p depends on
-// where the code lies; registers that share a channel share it. Nothing here divides by it: the
-// callers fold it into the other operand or the sum.
+// Keys stay bytes: a mask leaves four codes of one token, times p where they are not at the bottom
+// of their bytes. The query comes as bytes too (QueryOperand), and sums are exact.
+//
+// A code of a value becomes an fp16 number by masking it out where it is, in the mantissa: a
+// subnormal number, code * p * 2^-24, where p = 2^(its lowest bit). The matrix instruction takes
+// these, and nothing has to be subtracted. For arithmetic on pairs of fp16 numbers the exponent of
+// 1024 is put in: 1024 + code * p. Registers that share a channel share p. Nothing here divides by
+// it: the callers fold it into the other operand or the sum.
 #pragma once
 
 #include "kernels/cuda/device_page.h"
@@ -26,11 +28,9 @@ __device__ __forceinline__ uint32_t masked(uint32_t x, uint32_t mask) {
   }
 }
 
-// 1 / p of a key channel: `odd_step`, `upper` as in key_position(). bits 16: plain fp16 rows.
-__device__ __forceinline__ float key_inverse_place(int bits, int odd_step, int upper) {
-  const float of_upper = bits == 2 ? 0.25f : bits <= 4 ? 0.0625f : 1.0f;
-  const float of_step = bits == 2 ? 0.0625f : 1.0f;
-  return (odd_step != 0 ? of_step : 1.0f) * (upper != 0 ? of_upper : 1.0f);
+// 1 / p of a key channel: `upper` as in key_position(). bits 16: plain fp16 rows.
+__device__ __forceinline__ float key_inverse_place(int bits, int upper) {
+  return upper != 0 && bits <= 3 ? 0.25f : 1.0f;
 }
 
 // p of a value channel of this row parity.
@@ -46,42 +46,63 @@ __device__ __forceinline__ void merge_planes(uint32_t low, uint32_t high_even, u
   words[1] = ((low >> 2) & 0x33333333u) | (high_odd & 0xccccccccu);
 }
 
-// --- Keys: operands of two k-steps (even, odd) of one 16-token block -----------------------------
+// --- Keys: the operand of a 16-token block and 32 channels ---------------------------------------
 
-template <CodeBase kBase>
-__device__ __forceinline__ void unpack_key_2(uint32_t w, uint32_t (&even)[4], uint32_t (&odd)[4]) {
-  const uint32_t t = w >> 8;
-  even[0] = masked<kBase>(w, 0x00030003u);
-  even[2] = masked<kBase>(w, 0x000c000cu);
-  odd[0] = masked<kBase>(w, 0x00300030u);
-  odd[2] = masked<kBase>(w, 0x00c000c0u);
-  even[1] = masked<kBase>(t, 0x00030003u);
-  even[3] = masked<kBase>(t, 0x000c000cu);
-  odd[1] = masked<kBase>(t, 0x00300030u);
-  odd[3] = masked<kBase>(t, 0x00c000c0u);
+__device__ __forceinline__ void unpack_keys_2(uint32_t w, uint32_t (&a)[4]) {
+  const uint32_t t = w >> 4;
+  a[0] = w & 0x03030303u;
+  a[1] = t & 0x03030303u;
+  a[2] = w & 0x0c0c0c0cu;
+  a[3] = t & 0x0c0c0c0cu;
 }
 
-// One k-step of 4-bit (kMask 0xf) or of merged 3-bit (kMask 0x7) codes.
-template <CodeBase kBase, uint32_t kMask>
-__device__ __forceinline__ void unpack_key_nibbles(uint32_t w, uint32_t (&a)[4]) {
-  constexpr uint32_t kPair = kMask * 0x00010001u;
-  const uint32_t t = w >> 8;
-  a[0] = masked<kBase>(w, kPair);
-  a[2] = masked<kBase>(w, kPair << 4);
-  a[1] = masked<kBase>(t, kPair);
-  a[3] = masked<kBase>(t, kPair << 4);
+// `high`: the word of the 1-bit plane, of both blocks.
+__device__ __forceinline__ void unpack_keys_3(uint32_t w, uint32_t high, int block,
+                                              uint32_t (&a)[4]) {
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    const int n = block * 2 + row;
+    const uint32_t low = w >> 4 * row;
+    const uint32_t of_lower = n < 2 ? high >> n : high << (n - 1);
+    a[row] = (low & 0x03030303u) | (of_lower & 0x04040404u);
+    a[2 + row] = (low & 0x0c0c0c0cu) | (high >> n & 0x10101010u);
+  }
 }
 
-// Of 8-bit keys, or of 8-bit values of one 16-token step.
+__device__ __forceinline__ void unpack_keys_4(uint32_t row0, uint32_t row1, uint32_t (&a)[4]) {
+  a[0] = row0 & 0x0f0f0f0fu;
+  a[1] = row1 & 0x0f0f0f0fu;
+  a[2] = row0 >> 4 & 0x0f0f0f0fu;
+  a[3] = row1 >> 4 & 0x0f0f0f0fu;
+}
+
+// `w`: the lane's words of the chunk, `high` of the 1-bit plane.
+template <int kBits, int kWords>
+__device__ __forceinline__ void unpack_keys(const uint32_t (&w)[kWords], uint32_t high, int block,
+                                            uint32_t (&a)[4]) {
+  static_assert(kWords == (kBits == 3 ? 2 : kBits));
+  if constexpr (kBits == 2) {
+    unpack_keys_2(w[block], a);
+  } else if constexpr (kBits == 3) {
+    unpack_keys_3(w[block], high, block, a);
+  } else if constexpr (kBits == 4) {
+    unpack_keys_4(w[block * 2], w[block * 2 + 1], a);
+  } else {
+    a[0] = w[block * 4], a[2] = w[block * 4 + 1];
+    a[1] = w[block * 4 + 2], a[3] = w[block * 4 + 3];
+  }
+}
+
+// --- Values: operands of one 16-channel block ----------------------------------------------------
+
+// Of 8-bit values of one 16-token step.
 template <CodeBase kBase>
-__device__ __forceinline__ void unpack_bytes(uint32_t row0, uint32_t row1, uint32_t (&a)[4]) {
+__device__ __forceinline__ void unpack_value_8(uint32_t row0, uint32_t row1, uint32_t (&a)[4]) {
   a[0] = masked<kBase>(row0, 0x00ff00ffu);
   a[2] = masked<kBase>(row0 >> 8, 0x00ff00ffu);
   a[1] = masked<kBase>(row1, 0x00ff00ffu);
   a[3] = masked<kBase>(row1 >> 8, 0x00ff00ffu);
 }
-
-// --- Values: operands of one 16-channel block ----------------------------------------------------
 
 // Both 16-token steps.
 template <CodeBase kBase>
@@ -128,19 +149,31 @@ __device__ __forceinline__ void load_words(const uint8_t* plane, int lane, int f
 
 // --- A tile's scores and its share of the output -------------------------------------------------
 
-// s[block] += keys of a 16-token block x query operands, for both blocks of a tile, in units of
-// kSubnormalUnit. q is the lane's column of [head_dim / 32][kColumns]: the operands of two k-steps.
-// kHeadDim: of the matrix.
-template <int kHeadDim, int kBits, int kColumns>
-__device__ __forceinline__ void multiply_keys(const uint8_t* codes, int lane, const uint4* q,
-                                              float (&s)[2][4]) {
-  constexpr CodeBase kBase = CodeBase::kSubnormal;
-  constexpr int kChunks = kHeadDim / 32;  // two k-steps each
+// What a lane reads of a query operand for 32 channels: of one head in two columns, or of a column
+// that has both parts.
+template <int kParts>
+struct QueryWords;
+template <>
+struct QueryWords<1> {
+  uint2 part;
+};
+template <>
+struct QueryWords<2> {
+  uint2 part, other_part;
+};
+
+// sums[part][block] += keys of a 16-token block x query operand, for both blocks of a tile. q is
+// the lane's column of [head_dim / 32][32 lanes]. kHeadDim: of the matrix.
+template <int kHeadDim, int kBits, int kParts>
+__device__ __forceinline__ void multiply_keys(const uint8_t* codes, int lane,
+                                              const QueryWords<kParts>* q,
+                                              int (&sums)[kParts][2][4]) {
+  constexpr int kChunks = kHeadDim / 32;
   constexpr int kHighWords = chunk_words(kHeadDim, 1), kLowWords = chunk_words(kHeadDim, 2);
-  uint32_t w[kBits <= 3 ? kLowWords : 4], wide[4], high[kHighWords], even[4], odd[4];
+  uint32_t low[kLowWords], high[kHighWords] = {}, w[kBits == 3 ? 2 : kBits];
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
-    const uint4 query = q[c * kColumns];
+    const QueryWords<kParts> query = q[c * kWarpLanes];
     if constexpr (kBits == 3) {
       if (c % kHighWords == 0) {
         load_words<kHeadDim, 1>(codes + tile_code_bytes(kHeadDim, 2), lane, c, high);
@@ -148,53 +181,45 @@ __device__ __forceinline__ void multiply_keys(const uint8_t* codes, int lane, co
     }
     if constexpr (kBits <= 3) {
       if (c * 2 % kLowWords == 0) {
-        load_words<kHeadDim, 2>(codes, lane, c * 2, w);
+        load_words<kHeadDim, 2>(codes, lane, c * 2, low);
       }
-    } else if constexpr (kBits == 4) {
-      load_words<kHeadDim, 4>(codes, lane, c * 4, w);
+      w[0] = low[c * 2 % kLowWords], w[1] = low[c * 2 % kLowWords + 1];
     } else {
-      load_words<kHeadDim, 8>(codes, lane, c * 8, w);
-      load_words<kHeadDim, 8>(codes, lane, c * 8 + 4, wide);
+#pragma unroll
+      for (int n = 0; n < kBits; n += 4) {
+        uint32_t four[4];
+        load_words<kHeadDim, kBits>(codes, lane, c * kBits + n, four);
+        w[n] = four[0], w[n + 1] = four[1], w[n + 2] = four[2], w[n + 3] = four[3];
+      }
     }
 #pragma unroll
     for (int block = 0; block < 2; ++block) {
-      if constexpr (kBits == 2) {
-        unpack_key_2<kBase>(w[c * 2 % kLowWords + block], even, odd);
-      } else if constexpr (kBits == 3) {
-        const uint32_t h = high[c % kHighWords];
-        uint32_t nibbles[2];
-        merge_planes(w[c * 2 % kLowWords + block], block == 0 ? h : h << 2,
-                     block == 0 ? h >> 1 : h << 1, nibbles);
-        unpack_key_nibbles<kBase, 7>(nibbles[0], even);
-        unpack_key_nibbles<kBase, 7>(nibbles[1], odd);
-      } else if constexpr (kBits == 4) {
-        unpack_key_nibbles<kBase, 15>(w[block], even);
-        unpack_key_nibbles<kBase, 15>(w[2 + block], odd);
-      } else {
-        unpack_bytes<kBase>(w[block * 2], w[block * 2 + 1], even);
-        unpack_bytes<kBase>(wide[block * 2], wide[block * 2 + 1], odd);
+      uint32_t a[4];
+      unpack_keys<kBits>(w, high[c % kHighWords], block, a);
+      ptx::mma_16x8x32(sums[0][block], a, query.part.x, query.part.y);
+      if constexpr (kParts == 2) {
+        ptx::mma_16x8x32(sums[1][block], a, query.other_part.x, query.other_part.y);
       }
-      ptx::mma_16x8x16(s[block], even, query.x, query.y);
-      ptx::mma_16x8x16(s[block], odd, query.z, query.w);
     }
   }
 }
 
 // The same of a page with `n_wide` chunks of wide channels: a matrix of its own for each chunk.
-template <int kHeadDim, int kColumns>
+template <int kHeadDim, int kParts>
 __device__ __forceinline__ void multiply_wide_keys(const uint8_t* codes, int n_wide, int lane,
-                                                   const uint4* q, float (&s)[2][4]) {
+                                                   const QueryWords<kParts>* q,
+                                                   int (&sums)[kParts][2][4]) {
   constexpr int kChunks = kHeadDim / kChunkChannels;
   constexpr int kWideBytes = tile_code_bytes(kChunkChannels, kWideBits);
   constexpr int kOtherBytes = tile_code_bytes(kChunkChannels, kBitsBesideWide);
   const auto multiply_wide = [&](int chunk) {
-    multiply_keys<kChunkChannels, kWideBits, kColumns>(codes + chunk * kWideBytes, lane,
-                                                       q + chunk * kColumns, s);
+    multiply_keys<kChunkChannels, kWideBits, kParts>(codes + chunk * kWideBytes, lane,
+                                                     q + chunk * kWarpLanes, sums);
   };
   const auto multiply_other = [&](int chunk, int of_wide) {
-    multiply_keys<kChunkChannels, kBitsBesideWide, kColumns>(
-        codes + of_wide * kWideBytes + (chunk - of_wide) * kOtherBytes, lane, q + chunk * kColumns,
-        s);
+    multiply_keys<kChunkChannels, kBitsBesideWide, kParts>(
+        codes + of_wide * kWideBytes + (chunk - of_wide) * kOtherBytes, lane,
+        q + chunk * kWarpLanes, sums);
   };
   if (n_wide == kChunks / 2) {  // the default: no loops
 #pragma unroll
@@ -260,8 +285,8 @@ __device__ __forceinline__ void multiply_values(const uint8_t* codes, int lane,
       unpack_value_nibbles<kBase, 15>(w[block % 2 * 2], step0);
       unpack_value_nibbles<kBase, 15>(w[block % 2 * 2 + 1], step1);
     } else {
-      unpack_bytes<kBase>(w[0], w[1], step0);
-      unpack_bytes<kBase>(w[2], w[3], step1);
+      unpack_value_8<kBase>(w[0], w[1], step0);
+      unpack_value_8<kBase>(w[2], w[3], step1);
     }
     ptx::mma_16x8x16(acc[block], step0, p[0][0], p[0][1]);
     ptx::mma_16x8x16(acc[block], step1, p[1][0], p[1][1]);

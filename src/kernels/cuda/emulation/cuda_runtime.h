@@ -161,6 +161,7 @@ inline std::uint32_t __float_as_uint(float x) { return zc_bit_cast<std::uint32_t
 inline float __int_as_float(int x) { return zc_bit_cast<float>(x); }
 inline float __uint_as_float(std::uint32_t x) { return zc_bit_cast<float>(x); }
 inline float __fmul_rn(float x, float y) { return x * y; }
+inline int __float2int_rn(float x) { return std::isnan(x) ? 0 : static_cast<int>(std::lrint(x)); }
 inline std::uint32_t __byte_perm(std::uint32_t x, std::uint32_t y, std::uint32_t selector) {
   const std::uint64_t both = x | static_cast<std::uint64_t>(y) << 32;
   std::uint32_t out = 0;

@@ -4,6 +4,8 @@
 
 #include <cuda_runtime.h>
 
+#include <cstring>
+
 #include "base/half.h"
 
 namespace zipcache::cuda::ptx {
@@ -71,6 +73,31 @@ inline void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint
       }
     }
     c[n] = internal::toward_zero(sum);
+  }
+}
+
+inline void mma_16x8x32(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  struct Lane {
+    uint8_t a[4][4];
+    int8_t b[2][4];
+    uint8_t unused[emulation::kLaneBytes - 24];
+  } own{};
+  std::memcpy(own.a, a, sizeof(own.a));
+  std::memcpy(own.b[0], &b0, 4);
+  std::memcpy(own.b[1], &b1, 4);
+  const auto* all = reinterpret_cast<const Lane*>(
+      emulation::exchange(emulation::Operation::kMatrix, &own, sizeof(own)));
+  const int lane = threadIdx.x % 32, g = lane / 4, i = lane % 4;
+  for (int n = 0; n < 4; ++n) {
+    const int row = n / 2, column = i * 2 + n % 2;  // row g + 8 * row
+    for (int word = 0; word < 2; ++word) {
+      for (int source = 0; source < 4; ++source) {
+        for (int byte = 0; byte < 4; ++byte) {
+          c[n] += int{all[g * 4 + source].a[row + 2 * word][byte]} *
+                  all[column * 4 + source].b[word][byte];
+        }
+      }
+    }
   }
 }
 
