@@ -48,10 +48,11 @@ __global__ void fill_page_params(std::uint8_t* pool, const PageEntry* pages, int
                                                  tile_param_offset(head_dim, cls));
   const float levels = (1 << cls.value_bits) - 1;
   const std::uint64_t x = blockIdx.x * std::uint64_t{kPageTokens} + token;
+  const float unit = value_param_unit(cls.value_bits, token % kTileTokens);
   params[scale_index(token % kTileTokens)] =
-      device_half((1.0f + 5.0f * unit_float(2 * x)) * 3.0f / levels);
+      device_half((1.0f + 5.0f * unit_float(2 * x)) * 3.0f / levels * unit);
   params[zero_index(token % kTileTokens)] =
-      device_half(levels * (0.3f + 0.4f * unit_float(2 * x + 1)));
+      device_half(levels * (0.3f + 0.4f * unit_float(2 * x + 1)) / unit);
 }
 
 }  // namespace

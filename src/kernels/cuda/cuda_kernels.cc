@@ -93,7 +93,7 @@ Expected<DecodeSetup> prepare_decode(int head_dim, int group, std::span<const Pa
         "later, missing any device");
   }
 
-  // As many slots as let the registers' number of blocks stay; at least two, if the block may.
+  // Slots that let the registers' number of blocks stay; at least two, if the block may.
   DecodeSetup setup;
   setup.shared.group = group;
   for (const PageClass cls : classes) {
@@ -102,9 +102,10 @@ Expected<DecodeSetup> prepare_decode(int head_dim, int group, std::span<const Pa
   const int per_block = std::min(block_limit, sm_limit / kDecodeBlocksPerSm - reserved);
   const int fixed = decode_shared(head_dim, group).slots;
   const int per_slot = decode_warps(head_dim) * setup.shared.slot_bytes;
-  setup.shared.n_slots =
-      std::clamp((per_block - fixed) / per_slot, std::clamp((block_limit - fixed) / per_slot, 1, 2),
-                 kMaxRingSlots);
+  const int fewest = std::clamp((block_limit - fixed) / per_slot, 1, 2);
+  const int most = std::clamp(kRingBytes / setup.shared.slot_bytes, 2, kMaxRingSlots);
+  setup.shared.n_slots = std::clamp((per_block - fixed) / per_slot, fewest, most);
+  setup.shared.ring_bytes = setup.shared.n_slots * setup.shared.slot_bytes;
   const int shared_bytes = decode_shared_bytes(head_dim, setup.shared);
   if (shared_bytes > block_limit) {
     return missing("decode", std::to_string(shared_bytes) + " bytes of shared memory per block",

@@ -32,19 +32,6 @@ __device__ __forceinline__ ItemHead load_item(const DecodeParams& params, int in
   return head;
 }
 
-// Asks for what folding the query with this set will read; warp 0's first lanes do.
-template <int kHeadDim>
-__device__ __forceinline__ void prefetch_set(const DecodeParams& params, int set, int warp,
-                                             int lane) {
-  if (set < 0 || warp != 0 || lane >= kHeadDim / 32) {  // 128 bytes each
-    return;
-  }
-  ptx::prefetch(params.key_sets + static_cast<int64_t>(set) * 2 * kHeadDim + lane * 64);
-  if (params.key_orders != nullptr && lane * 128 < kHeadDim) {
-    ptx::prefetch(params.key_orders + static_cast<int64_t>(set) * kHeadDim + lane * 128);
-  }
-}
-
 // --- Merging states of one head ------------------------------------------------------------------
 
 // A lane's channels of one head: kParts x kWidth neighbours, coalesced over the warp.
@@ -63,13 +50,21 @@ struct HeadSlice {
       }
     }
   }
-  // x += weight * from[...]
-  __device__ __forceinline__ void add(const float* from, float weight, int lane) {
-    add_with([](const auto* at) { return *at; }, from, weight, lane);
+  __device__ __forceinline__ void load(const float* from, int lane) {
+    load_with([](const auto* at) { return *at; }, from, lane);
   }
   // The same of what another block has written.
-  __device__ __forceinline__ void add_global(const float* from, float weight, int lane) {
-    add_with([](const auto* at) { return __ldcg(at); }, from, weight, lane);
+  __device__ __forceinline__ void load_global(const float* from, int lane) {
+    load_with([](const auto* at) { return __ldcg(at); }, from, lane);
+  }
+  __device__ __forceinline__ void add(const HeadSlice& other, float weight) {
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+      for (int c = 0; c < kWidth; ++c) {
+        x[part][c] += weight * other.x[part][c];
+      }
+    }
   }
   __device__ __forceinline__ void scale(float factor) {
 #pragma unroll
@@ -95,17 +90,16 @@ struct HeadSlice {
 
  private:
   template <typename Load>
-  __device__ __forceinline__ void add_with(Load load, const float* from, float weight, int lane) {
+  __device__ __forceinline__ void load_with(Load load, const float* from, int lane) {
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
       const float* at = from + (part * kWarpLanes + lane) * kWidth;
       if constexpr (kWidth == 4) {
         const float4 v = load(reinterpret_cast<const float4*>(at));
-        x[part][0] += weight * v.x, x[part][1] += weight * v.y;
-        x[part][2] += weight * v.z, x[part][3] += weight * v.w;
+        x[part][0] = v.x, x[part][1] = v.y, x[part][2] = v.z, x[part][3] = v.w;
       } else {
         const float2 v = load(reinterpret_cast<const float2*>(at));
-        x[part][0] += weight * v.x, x[part][1] += weight * v.y;
+        x[part][0] = v.x, x[part][1] = v.y;
       }
     }
   }
@@ -125,14 +119,25 @@ __device__ __forceinline__ void write_result(const DecodeParams& params, int64_t
 // Merges unnormalised results of a head: a running maximum, sum and output.
 template <int kHeadDim>
 struct HeadMerge {
-  static constexpr int kBatch = 8;
   float max = kNoScore, sum = 0;  // sum: of this lane's results only, until finish()
   HeadSlice<kHeadDim> slice;
 
   __device__ __forceinline__ HeadMerge() { slice.clear(); }
-  // `count` <= 32 results, lane n holding (max, sum) of result n; `add(n, weight)` adds its output.
-  template <typename Add>
-  __device__ __forceinline__ void merge(float2 state, int count, int lane, Add add) {
+  // `count` <= 32 results, lane n holding (max, sum) of result n; `load(n, slice)` gets its output.
+  // kBatch of them are asked for at once, the first before the states are there.
+  template <int kBatch, typename Load>
+  __device__ __forceinline__ void merge(float2 state, int count, int lane, Load load) {
+    HeadSlice<kHeadDim> of[kBatch];
+    const auto load_batch = [&](int first) {
+#pragma unroll
+      for (int n = 0; n < kBatch; ++n) {
+        of[n].clear();
+        if (first + n < count) {
+          load(first + n, of[n]);
+        }
+      }
+    };
+    load_batch(0);
     float largest = lane < count ? state.x : kNoScore;
     for (int offset = 16; offset > 0; offset /= 2) {
       largest = fmaxf(largest, __shfl_xor_sync(ptx::kFullWarp, largest, offset));
@@ -143,12 +148,17 @@ struct HeadMerge {
     sum = sum * rescale + (lane < count ? weight * state.y : 0.0f);
     max = largest;
     slice.scale(rescale);
-    // Batches without a remainder: one trip to memory each. Beyond `count` the weights are zero.
-    for (int first = 0; first < count; first += kBatch) {
+#pragma unroll 1
+    for (int first = 0;;) {
 #pragma unroll
       for (int n = 0; n < kBatch; ++n) {
-        add(min(first + n, count - 1), __shfl_sync(ptx::kFullWarp, weight, first + n));
+        slice.add(of[n], __shfl_sync(ptx::kFullWarp, weight, (first + n) % kWarpLanes));
       }
+      first += kBatch;
+      if (first >= count) {
+        break;
+      }
+      load_batch(first);
     }
   }
   __device__ __forceinline__ void finish() {
@@ -165,6 +175,9 @@ __device__ __forceinline__ void merge_partials(const DecodeParams& params, int f
                                                int n_partials, int64_t first_head, int group,
                                                float* outputs, float2* states, int warp, int lane) {
   constexpr int kWarps = decode_warps(kHeadDim);
+  // A row of all blocks of a large device has 33 results, of which a warp takes 17: two trips to
+  // memory. All 17 at once spill.
+  constexpr int kPartialBatch = 9 * 4 / (kHeadDim / kWarpLanes);
   const int64_t stride = partial_floats(kHeadDim, group);
   const float* partials = params.partials + first_partial * stride;
   const int per_head = max(kWarps / group, 1);
@@ -180,9 +193,10 @@ __device__ __forceinline__ void merge_partials(const DecodeParams& params, int f
         state = __ldcg(
             reinterpret_cast<const float2*>(at + lane * stride + group * kHeadDim + head * 4));
       }
-      merged.merge(state, count, lane, [&](int n, float weight) {
-        merged.slice.add_global(at + n * stride + head * kHeadDim, weight, lane);
-      });
+      merged.template merge<kPartialBatch>(
+          state, count, lane, [&](int n, HeadSlice<kHeadDim>& slice) {
+            slice.load_global(at + n * stride + head * kHeadDim, lane);
+          });
     }
     merged.finish();
     if (per_head == 1) {
@@ -201,10 +215,11 @@ __device__ __forceinline__ void merge_partials(const DecodeParams& params, int f
   const int head = warp / per_head;
   if (part == 0 && head < group) {
     HeadMerge<kHeadDim> merged;
-    merged.merge(lane < per_head ? states[warp + lane] : float2{0, 0}, per_head, lane,
-                 [&](int n, float weight) {
-                   merged.slice.add(outputs + (warp + n) * output_stride(kHeadDim), weight, lane);
-                 });
+    merged.template merge<kWarps>(lane < per_head ? states[warp + lane] : float2{0, 0}, per_head,
+                                  lane, [&](int n, HeadSlice<kHeadDim>& slice) {
+                                    slice.load(outputs + (warp + n) * output_stride(kHeadDim),
+                                               lane);
+                                  });
     merged.finish();
     write_result<kHeadDim>(params, first_head + head, merged.slice, merged.max, merged.sum, lane);
   }
@@ -254,11 +269,11 @@ __device__ __forceinline__ void finish_part(const DecodeParams& params, int grou
   const int64_t first_head = static_cast<int64_t>(row) * group;
   for (int head = warp; head < group; head += kWarps) {
     HeadMerge<kHeadDim> merged;
-    merged.merge(lane < kWarps ? states[head * kWarps + lane] : float2{0, 0}, kWarps, lane,
-                 [&](int n, float weight) {
-                   merged.slice.add(outputs + (n * group + head) * output_stride(kHeadDim), weight,
-                                    lane);
-                 });
+    merged.template merge<kWarps>(
+        lane < kWarps ? states[head * kWarps + lane] : float2{0, 0}, kWarps, lane,
+        [&](int n, HeadSlice<kHeadDim>& slice) {
+          slice.load(outputs + (n * group + head) * output_stride(kHeadDim), lane);
+        });
     merged.finish();
     if (n_partials == 1) {
       write_result<kHeadDim>(params, first_head + head, merged.slice, merged.max, merged.sum, lane);
@@ -346,9 +361,7 @@ __global__ void __launch_bounds__(decode_threads(kHeadDim), kDecodeBlocksPerSm)
   ptx::let_next_launch_start();
   TileRing<kHeadDim> ring(params, shared + at.control + kFlagBytes + warp * kRingControlBytes,
                           reinterpret_cast<WorkItem*>(shared + at.items) + warp * kItemGroup,
-                          shared + at.slots + warp * plan.n_slots * plan.slot_bytes, plan,
-                          first_item, warp, lane);
-  prefetch_set<kHeadDim>(params, __ldg(&params.items[first_item].set), warp, lane);
+                          shared + at.slots + warp * plan.ring_bytes, plan, first_item, warp, lane);
   ptx::wait_for_launch_before();
   QueryOperand<kHeadDim, kLaneHeads> query(
       params, group, shared, shared + at.query_scalars,
@@ -365,9 +378,8 @@ __global__ void __launch_bounds__(decode_threads(kHeadDim), kDecodeBlocksPerSm)
     const TileShape shape(cls, item.value_offset, item.tile_bytes);
     const float* q = params.q + static_cast<int64_t>(item.row) * group * kHeadDim;
     const float* factors = params.value_factors + static_cast<int64_t>(item.row) * kHeadDim;
-    prefetch_set<kHeadDim>(params, item.next_set, warp, lane);
-    if (warp == 0 && lane < kHeadDim / 32) {
-      ptx::prefetch(factors + lane * 32);  // for the end
+    if ((item.bits & kItemEndsPart) != 0 && warp == 0 && lane < kHeadDim / 32) {
+      ptx::prefetch(factors + lane * 32);
     }
     if (item.n_pages > 0) {
       if (item.set != folded_set) {  // values of another width share the keys' set

@@ -16,8 +16,8 @@
 namespace zipcache::cuda {
 
 // The maximum that weights refer to grows only when a score exceeds it by this much (log2). Weights
-// stay below 2^8, and p * s below 2^15 in fp16 for s < 128 (packers keep s < 8).
-inline constexpr float kRescaleThreshold = 8.0f;
+// stay below 2^5, and p * s in fp16's range: packers keep s to 127, which may stand times 16.
+inline constexpr float kRescaleThreshold = 5.0f;
 inline constexpr float kNoScore = -1e30f;  // a finite "no maximum yet": no NaN from inf - inf
 
 template <int kBits>

@@ -104,6 +104,13 @@ ZC_HOST_DEVICE constexpr int zero_index(int t) {
   return kTileTokens + ((t >> 1) & 3) * 8 + (t >> 3) * 2 + (t & 1);
 }
 
+// Scales stand multiplied by this, zeros divided: of 2 bits a mask leaves the codes of the first 16
+// tokens of a tile in places 16 times lower than those of the others, and a shift that would bring
+// them together is one more operation for each word. Exact.
+ZC_HOST_DEVICE constexpr float value_param_unit(int bits, int token) {
+  return bits == 2 && token < kTileTokens / 2 ? 16.0f : 1.0f;
+}
+
 // --- Words of a plane ----------------------------------------------------------------------------
 
 ZC_HOST_DEVICE constexpr int lane_words(int head_dim, int plane_bits) {
@@ -208,7 +215,7 @@ ZC_HOST_DEVICE constexpr CodePosition value_position(int head_dim, int bits, int
   switch (bits) {
     case 2:
       at.low = {word_offset(head_dim, 2, lane, block),
-                16 * half + 2 * (2 * (upper + 2 * step) + (1 - row)), 2};
+                16 * half + 2 * (2 * (step + 2 * upper) + (1 - row)), 2};
       break;
     case 3:
       at.low = {word_offset(head_dim, 2, lane, block), 16 * half + 2 * (2 * nibble + step), 2};

@@ -32,14 +32,22 @@ class HostPage {
   }
 
   // Token scale s and zero z of the values.
-  Half scale(int token) const { return param(token, scale_index(token % kTileTokens)); }
-  Half zero(int token) const { return param(token, zero_index(token % kTileTokens)); }
+  Half scale(int token) const {
+    return times(param(token, scale_index(token % kTileTokens)), 1 / param_unit(token));
+  }
+  Half zero(int token) const {
+    return times(param(token, zero_index(token % kTileTokens)), param_unit(token));
+  }
   void set_scale_zero(int token, Half scale, Half zero) {
-    set_param(token, scale_index(token % kTileTokens), scale);
-    set_param(token, zero_index(token % kTileTokens), zero);
+    set_param(token, scale_index(token % kTileTokens), times(scale, param_unit(token)));
+    set_param(token, zero_index(token % kTileTokens), times(zero, 1 / param_unit(token)));
   }
 
  private:
+  float param_unit(int token) const {
+    return value_param_unit(cls_.value_bits, token % kTileTokens);
+  }
+  static Half times(Half x, float factor) { return float_to_half(half_to_float(x) * factor); }
   CodePosition value_at(int token, int channel) const {
     const int start = tile_value_offset(head_dim_, cls_);
     CodePosition at = value_position(head_dim_, cls_.value_bits, token % kTileTokens, channel);

@@ -516,8 +516,10 @@ __device__ __forceinline__ void pack_values(const PackParams& p, const int64_t (
   const float scale = fminf(ptx::low_half(own_grid) * stretch, 127.0f);
   // Tokens of lane i: 2i, 2i+1, 2i+8, 2i+9, and those + 16.
   const int t = own / 4 * 16 + own / 2 % 2 * 8 + (lane & 3) * 2 + own % 2;
-  params[scale_index(t)] = static_cast<HalfBits>(own_used ? ptx::pack_half2(scale, 0) : 0);
-  params[zero_index(t)] = static_cast<HalfBits>(own_used ? own_grid >> 16 : 0);
+  const float unit = value_param_unit(kBits, t);
+  const float zero = ptx::high_half(own_grid) / unit;
+  params[scale_index(t)] = static_cast<HalfBits>(own_used ? ptx::pack_half2(scale * unit, 0) : 0);
+  params[zero_index(t)] = static_cast<HalfBits>(own_used ? ptx::pack_half2(zero, 0) : 0);
 }
 
 template <int kHeadDim>

@@ -53,7 +53,8 @@ __global__ void __launch_bounds__(kThreads) unpack_kernel(const __grid_constant_
                                  value_position(p.head_dim, cls.value_bits, token, channel));
       p.to.v[to + channel] =
           to_half(factors[channel] * half_at(params + scale_index(token)) *
-                  (static_cast<float>(code) - half_at(params + zero_index(token))));
+                  (static_cast<float>(code) / value_param_unit(cls.value_bits, token) -
+                   half_at(params + zero_index(token))));
     }
   }
 }

@@ -135,7 +135,7 @@ __device__ __forceinline__ uint4 load_shared_16(const void* from) {
   return v;
 }
 
-// Asks for the line of `from` to come to the L2 cache.
+// Asks for the line of `from` to come to the L2 cache. (L1 does not keep what it is asked for.)
 __device__ __forceinline__ void prefetch(const void* from) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
 }

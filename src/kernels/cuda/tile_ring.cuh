@@ -21,19 +21,18 @@ class TileRing {
   __device__ __forceinline__ TileRing(const DecodeParams& params, uint8_t* control, WorkItem* group,
                                       uint8_t* slots, const DecodeSharedPlan& plan, int first_item,
                                       int warp, int lane)
-      : control_(ptx::shared_address(control)),
+      : plan_(plan),
         slots_(slots),
-        n_slots_(plan.n_slots),
-        slot_bytes_(plan.slot_bytes),
+        barrier_(ptx::shared_address(control)),
         next_item_(first_item),
         warp_(warp),
         group_(group) {
     if (lane == 0) {
-      for (int slot = 0; slot < n_slots_; ++slot) {
+      for (int slot = 0; slot < plan.n_slots; ++slot) {
 #if __CUDA_ARCH__ >= 900
-        ptx::barrier_init(barrier(slot), 1);
+        ptx::barrier_init(barrier_ + slot * kBarrierBytes, 1);
 #else
-        ptx::barrier_init(barrier(slot), kWarpLanes);
+        ptx::barrier_init(barrier_ + slot * kBarrierBytes, kWarpLanes);
 #endif
       }
 #if __CUDA_ARCH__ >= 900
@@ -41,32 +40,41 @@ class TileRing {
 #endif
     }
     __syncwarp();
-    find_tiles(params, lane);
-    for (int slot = 0; slot < n_slots_; ++slot) {
-      fill(params, slot, lane);
-    }
+    do {
+      fill(params, lane);
+    } while (!advance());
   }
 
   // The tile at hand; blocks until its bytes are there.
   __device__ __forceinline__ const uint8_t* wait() const {
-    ptx::barrier_wait(barrier(slot_), parity_);
-    return slots_ + slot_ * slot_bytes_;
+    ptx::barrier_wait(barrier_, parity_);
+    return slots_ + slot_;
   }
 
   // Gives the slot at hand to the next tile and moves on.
   __device__ __forceinline__ void release(const DecodeParams& params, int lane) {
     __syncwarp();  // every lane has read the slot
-    fill(params, slot_, lane);
-    if (++slot_ == n_slots_) {
-      slot_ = 0;
+    fill(params, lane);
+    if (advance()) {
       parity_ ^= 1;
     }
   }
 
  private:
   static_assert(kWarps % kTilesPerPage == 0);
+  static constexpr int kBarrierBytes = kRingControlBytes / kMaxRingSlots;
 
-  __device__ __forceinline__ uint32_t barrier(int slot) const { return control_ + slot * 8; }
+  // To the next slot; true: it is the first again.
+  __device__ __forceinline__ bool advance() {
+    slot_ += plan_.slot_bytes;
+    barrier_ += kBarrierBytes;
+    if (slot_ < plan_.ring_bytes) {
+      return false;
+    }
+    slot_ = 0;
+    barrier_ -= plan_.n_slots * kBarrierBytes;
+    return true;
+  }
 
   // REQUIRES: no tile is known that is not fetched. Finds the next ones, up to 32 of an item, of
   // which each lane looks one up.
@@ -108,6 +116,21 @@ class TileRing {
     if (next >= 0 && lane < kItemGroup) {
       ptx::prefetch(params.items + next + lane);
     }
+    if (warp_ < kItemGroup) {
+      prefetch_set(params, group_[warp_], lane);
+    }
+  }
+  // What folding the query with the scale set of an item will read.
+  __device__ __forceinline__ static void prefetch_set(const DecodeParams& params,
+                                                      const WorkItem& item, int lane) {
+    constexpr int kLineBytes = 128;
+    const int64_t first = static_cast<int64_t>(item.set) * kHeadDim;
+    if (item.n_pages > 0 && lane * kLineBytes < 4 * kHeadDim) {
+      ptx::prefetch(params.key_sets + first * 2 + lane * (kLineBytes / 2));
+      if (params.key_orders != nullptr && lane * kLineBytes < kHeadDim) {
+        ptx::prefetch(params.key_orders + first + lane * kLineBytes);
+      }
+    }
   }
   __device__ __forceinline__ int page_of(int tile) const {
     return (first_ + tile * kWarps) / kTilesPerPage;
@@ -117,33 +140,36 @@ class TileRing {
     return static_cast<uint32_t>(first_ % kTilesPerPage * tile_bytes_ / kTileAlignment);
   }
 
-  __device__ __forceinline__ void fill(const DecodeParams& params, int slot, int lane) {
-    if (next_ >= known_) {
-      return;
+  // The next tile, if there is one, into the slot at hand.
+  __device__ __forceinline__ void fill(const DecodeParams& params, int lane) {
+    if (next_ == known_) {
+      find_tiles(params, lane);
+      if (next_ == known_) {
+        return;
+      }
     }
-    const uint32_t to = ptx::shared_address(slots_) + slot * slot_bytes_;
+    const uint32_t to = ptx::shared_address(slots_) + slot_;
     const uint32_t unit = __shfl_sync(ptx::kFullWarp, unit_, next_ & (kWarpLanes - 1));
     const uint8_t* from = params.pool + static_cast<uint64_t>(unit) * kTileAlignment;
 #if __CUDA_ARCH__ >= 900
     if (ptx::elect_lane()) {
-      ptx::barrier_expect_bytes(barrier(slot), tile_bytes_);
-      ptx::bulk_copy(to, from, tile_bytes_, barrier(slot));
+      ptx::barrier_expect_bytes(barrier_, tile_bytes_);
+      ptx::bulk_copy(to, from, tile_bytes_, barrier_);
     }
 #else
     for (int at = lane * 16; at < tile_bytes_; at += kWarpLanes * 16) {
       ptx::copy_16(to + at, from + at);
     }
-    ptx::arrive_after_copies(barrier(slot));
+    ptx::arrive_after_copies(barrier_);
 #endif
-    if (++next_ == known_) {
-      find_tiles(params, lane);
-    }
+    ++next_;
   }
 
-  uint32_t control_;
+  const DecodeSharedPlan& plan_;
   uint8_t* slots_;
-  int n_slots_;
-  int slot_bytes_;
+  int slot_ = 0;      // the one at hand: bytes from the first
+  uint32_t barrier_;  // its barrier
+  uint32_t parity_ = 0;
   int next_item_;
   int warp_;
   WorkItem* group_;  // the items from the last multiple of kItemGroup on, in shared memory
@@ -155,8 +181,6 @@ class TileRing {
   int known_ = 0;    // up to here the lanes know where the tiles are
   int tile_bytes_ = 0;
   uint32_t unit_ = 0;  // where tile (next_ / 32 * 32 + lane) is
-  int slot_ = 0;
-  uint32_t parity_ = 0;
 };
 
 }  // namespace zipcache::cuda

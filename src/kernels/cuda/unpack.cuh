@@ -33,9 +33,9 @@ __device__ __forceinline__ float key_inverse_place(int bits, int upper) {
   return upper != 0 && bits <= 3 ? 0.25f : 1.0f;
 }
 
-// p of a value channel of this row parity.
+// p of a value channel of this row parity, with the parameters of tokens as they stand.
 __device__ __forceinline__ float value_place(int bits, int row) {
-  return row != 0 ? 1.0f : bits == 2 ? 4.0f : bits <= 4 ? 16.0f : 1.0f;
+  return bits == 2 ? (row != 0 ? 16.0f : 64.0f) : bits <= 4 && row == 0 ? 16.0f : 1.0f;
 }
 
 // Two 4-bit words (k-steps even, odd) out of a word of the low plane and the shifted high bits. The
@@ -54,6 +54,14 @@ __device__ __forceinline__ void unpack_keys_2(uint32_t w, uint32_t (&a)[4]) {
   a[1] = t & 0x03030303u;
   a[2] = w & 0x0c0c0c0cu;
   a[3] = t & 0x0c0c0c0cu;
+}
+
+// The same with the upper row, a[1] and a[3], times 16.
+__device__ __forceinline__ void unpack_keys_2_in_place(uint32_t w, uint32_t (&a)[4]) {
+  a[0] = w & 0x03030303u;
+  a[1] = w & 0x30303030u;
+  a[2] = w & 0x0c0c0c0cu;
+  a[3] = w & 0xc0c0c0c0u;
 }
 
 // `high`: the word of the 1-bit plane, of both blocks.
@@ -108,15 +116,15 @@ __device__ __forceinline__ void unpack_value_8(uint32_t row0, uint32_t row1, uin
 template <CodeBase kBase>
 __device__ __forceinline__ void unpack_value_2(uint32_t w, uint32_t (&step0)[4],
                                                uint32_t (&step1)[4]) {
-  const uint32_t t1 = w >> 4, t2 = w >> 8, t3 = w >> 12;
+  const uint32_t t = w >> 8;
   step0[0] = masked<kBase>(w, 0x000c000cu);
   step0[1] = masked<kBase>(w, 0x00030003u);
-  step0[2] = masked<kBase>(t1, 0x000c000cu);
-  step0[3] = masked<kBase>(t1, 0x00030003u);
-  step1[0] = masked<kBase>(t2, 0x000c000cu);
-  step1[1] = masked<kBase>(t2, 0x00030003u);
-  step1[2] = masked<kBase>(t3, 0x000c000cu);
-  step1[3] = masked<kBase>(t3, 0x00030003u);
+  step0[2] = masked<kBase>(t, 0x000c000cu);
+  step0[3] = masked<kBase>(t, 0x00030003u);
+  step1[0] = masked<kBase>(w, 0x00c000c0u);
+  step1[1] = masked<kBase>(w, 0x00300030u);
+  step1[2] = masked<kBase>(t, 0x00c000c0u);
+  step1[3] = masked<kBase>(t, 0x00300030u);
 }
 
 template <CodeBase kBase, uint32_t kMask>
@@ -163,12 +171,14 @@ struct QueryWords<2> {
 };
 
 // sums[part][block] += keys of a 16-token block x query operand, for both blocks of a tile. q is
-// the lane's column of [head_dim / 32][32 lanes]. kHeadDim: of the matrix.
+// the lane's column of [head_dim / 32][32 lanes]. kHeadDim: of the matrix. The upper rows of 2-bit
+// codes are shifted once in the sums, which are theirs alone, instead of in every word.
 template <int kHeadDim, int kBits, int kParts>
 __device__ __forceinline__ void multiply_keys(const uint8_t* codes, int lane,
                                               const QueryWords<kParts>* q,
                                               int (&sums)[kParts][2][4]) {
   constexpr int kChunks = kHeadDim / 32;
+  constexpr bool kRowsInPlace = kBits == 2 && kChunks > 1;
   constexpr int kHighWords = chunk_words(kHeadDim, 1), kLowWords = chunk_words(kHeadDim, 2);
   uint32_t low[kLowWords], high[kHighWords] = {}, w[kBits == 3 ? 2 : kBits];
 #pragma unroll
@@ -195,11 +205,22 @@ __device__ __forceinline__ void multiply_keys(const uint8_t* codes, int lane,
 #pragma unroll
     for (int block = 0; block < 2; ++block) {
       uint32_t a[4];
-      unpack_keys<kBits>(w, high[c % kHighWords], block, a);
+      if constexpr (kRowsInPlace) {
+        unpack_keys_2_in_place(w[block], a);
+      } else {
+        unpack_keys<kBits>(w, high[c % kHighWords], block, a);
+      }
       ptx::mma_16x8x32(sums[0][block], a, query.part.x, query.part.y);
       if constexpr (kParts == 2) {
         ptx::mma_16x8x32(sums[1][block], a, query.other_part.x, query.other_part.y);
       }
+    }
+  }
+  if constexpr (kRowsInPlace) {
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      sums[part][0][2] >>= 4, sums[part][0][3] >>= 4;
+      sums[part][1][2] >>= 4, sums[part][1][3] >>= 4;
     }
   }
 }
