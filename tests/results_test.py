@@ -61,29 +61,23 @@ class Claims(unittest.TestCase):
         self.assertEqual(set(verdicts.values()), {"**not measured yet**", "**not testable here**"})
 
     def test_lines(self):
-        def lines(score):
-            return [{"policy": "fp16", "score": 0.9},
-                    {"policy": "default", "score": score, "n_items": 500}]
-
-        for score, verdict in ((0.895, "**reproduced**"), (0.88, "**not reproduced**")):
-            verdicts = self.judge(claims.AIMS, **{"lines-smollm2": lines(score)})
+        for ours, h2o, verdict in ((0.895, 0.1, "**reproduced**"), (0.88, 0.1, "**not reproduced**"),
+                                   (0.895, 0.85, "**not reproduced**")):
+            records = [{"policy": policy, "score": score, "n_items": 500} for policy, score in
+                       (("fp16", 0.9), ("default", ours), ("policy=h2o", h2o))]
+            verdicts = self.judge(claims.AIMS, **{"lines-smollm2": records})
             self.assertEqual(verdicts["A5"], verdict)
 
     def test_quantizing_beside_evicting(self):
-        def records(n_items, **scores):
-            policies = {"default": "default", "kivi": "policy=kivi,key-bits=2,value-bits=2",
-                        "mikv": "policy=mikv", "h2o": "policy=h2o"}
-            return [{"policy": policies[name], "score": score, "n_items": n_items}
-                    for name, score in scores.items()]
-
+        policies = ("default", "policy=kivi,key-bits=2,value-bits=2", "policy=mikv", "policy=h2o")
         for kivi, mikv, h2o, expected in ((.2, .1, 0, "**reproduced**"),
                                           (.4, .1, 0, "**not reproduced**"),
                                           (.2, .4, 0, "**not reproduced**"),
                                           (.2, .1, .2, "**not reproduced**"),
                                           (.2, .1, .1, "**not reproduced**")):
-            verdicts = self.judge(claims.PAPER, **{
-                "lines-smollm2": records(500, default=.3, kivi=kivi, h2o=h2o),
-                "methods-lines-smollm2": records(100, default=.3, mikv=mikv)})
+            records = [{"policy": policy, "score": score, "n_items": 100}
+                       for policy, score in zip(policies, (.3, kivi, mikv, h2o))]
+            verdicts = self.judge(claims.PAPER, **{"methods-lines-smollm2": records})
             self.assertEqual(verdicts["C9"], expected)
 
     def test_orderings(self):
