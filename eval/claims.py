@@ -86,20 +86,21 @@ def c3(results):
                             "; ".join(parts))
 
 
+def line_scores(results, policies):
+    """{name: score} of (name, policy) in the run over all methods, and the same in words."""
+    scores = {name: results.value("methods-lines-smollm2", policy, "score")
+              for name, policy in policies}
+    return scores, ", ".join(f"{name} {100 * score:.1f} %" for name, score in scores.items())
+
+
 def c5(results):
-    holds, found = ordering(results, "metrics-smollm2-wiki-2048",
-                            [("normalized", "mode=paper"),
-                             ("accumulated", "mode=paper,metric=accumulated"),
-                             ("last-token", "mode=paper,metric=last-token"),
-                             ("random", "mode=paper,metric=random")])
-    lines = "methods-lines-smollm2"
-    scores = {name: results.value(lines, policy, "score") for name, policy in
-              (("normalized", "mode=paper"), ("accumulated", "mode=paper,metric=accumulated"),
+    metrics = [("normalized", "mode=paper"), ("accumulated", "mode=paper,metric=accumulated"),
                ("last-token", "mode=paper,metric=last-token"),
-               ("random", "mode=paper,metric=random"))}
+               ("random", "mode=paper,metric=random")]
+    holds, found = ordering(results, "metrics-smollm2-wiki-2048", metrics)
+    scores, of_lines = line_scores(results, metrics)
     holds &= scores["normalized"] >= max(scores.values())
-    return verdict(holds), (found + "; lines: " +
-                            ", ".join(f"{n} {100 * s:.1f} %" for n, s in scores.items()))
+    return verdict(holds), f"{found}; lines: {of_lines}"
 
 
 def c6(results):
@@ -123,14 +124,13 @@ def c8(results):
 
 
 def c9(results):
-    run = "methods-lines-smollm2"
-    scores = {name: results.value(run, policy, "score") for name, policy in
-              (("default", "default"), ("KIVI-2", "policy=kivi,key-bits=2,value-bits=2"),
-               ("MiKV", "policy=mikv"), ("H2O", "policy=h2o"))}
+    scores, found = line_scores(results, [
+        ("default", "default"), ("KIVI-2", "policy=kivi,key-bits=2,value-bits=2"),
+        ("MiKV", "policy=mikv"), ("H2O", "policy=h2o")])
     quantized = (scores["KIVI-2"], scores["MiKV"])
     holds = scores["default"] >= max(quantized) and min(quantized) > scores["H2O"]
-    return verdict(holds), (", ".join(f"{name} {100 * score:.1f} %" for name, score in scores.items()) +
-                            f" ({results.value(run, 'default', 'n_items')} prompts)")
+    n_items = results.value("methods-lines-smollm2", "default", "n_items")
+    return verdict(holds), f"{found} ({n_items} prompts)"
 
 
 def c11(results):

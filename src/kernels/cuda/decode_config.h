@@ -30,7 +30,7 @@ struct DecodeSharedPlan {
   int group = 1;       // query heads per KV head
   int n_slots = 0;     // of each warp's ring, 1..kMaxRingSlots
   int slot_bytes = 0;  // the largest tile of the launch
-  int ring_bytes = 0;  // of a warp's slots
+  int ring_bytes = 0;  // n_slots * slot_bytes: multiplied in the kernel, it takes a register
 };
 
 // Which tiles of an item are a warp's: first(), and every kWarps-th from there on. The warps take

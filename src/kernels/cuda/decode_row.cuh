@@ -196,13 +196,13 @@ struct RowState {
     // The parts of a product: in two columns of a lane, or of two multiplications.
     float s[2][4];
 #pragma unroll
-    for (int n = 0; n < 8; ++n) {
-      const int block = n / 4, at = n % 4;
-      if (kLaneHeads == 1 && at % 2 == 0) {
-        s[block][at] = static_cast<float>(sums[0][block][at] * 256 + sums[0][block][at + 1]);
-      } else if (kLaneHeads == 2) {
-        s[block][at] =
-            static_cast<float>(sums[0][block][at] * 256 + sums[kLaneHeads - 1][block][at]);
+    for (int part = 0; part < 4; ++part) {
+      const int block = part / 2;
+#pragma unroll
+      for (int e = 0; e < kLaneHeads; ++e) {
+        const int at = part % 2 * 2 + e;
+        const int low = kLaneHeads == 1 ? sums[0][block][at + 1] : sums[kLaneHeads - 1][block][at];
+        s[block][at] = static_cast<float>(sums[0][block][at] * 256 + low);
       }
     }
     softmax(s, q, tokens, lane);
