@@ -37,6 +37,7 @@ struct Shape {
   std::vector<double> share;  // of the tokens, per class
   int tail = 0;
   int n_heads = 32, n_kv_heads = 8, head_dim = 128;
+  int block_tokens = 0;  // sealed together, with scale sets of their own; 0: all
 };
 
 void bench_ceilings(Report& report, int n_samples);  // sets the report's ceilings

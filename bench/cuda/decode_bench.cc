@@ -138,9 +138,13 @@ void bench_decode(const Report& report, const Shape& shape, int n_samples) {
   input.pages = batch.layout.pages;
   input.row_begin = batch.layout.row_begin;
   input.set_base = batch.layout.set_base;
+  input.group = group;
   input.with_tail = shape.tail > 0;
   input.tail_tokens = shape.tail;
   input.resident_blocks = setup.resident_blocks;
+  if (shape.block_tokens > 0) {
+    input.min_block_bytes = 16 << 10;  // as the plug-in
+  }
   const DecodePlan plan = plan_decode(input);
   const DeviceBuffer<WorkItem> items(plan.items);
   const DeviceBuffer<float> partials(std::size_t(plan.n_partials) * partial_floats(d, group));

@@ -13,9 +13,9 @@ std::vector<HalfBits> random_sets(const Shape& shape, const PageLayout& layout) 
   std::vector<HalfBits> sets;
   const int n_rows = shape.batch * shape.n_kv_heads;
   for (int row = 0; row < n_rows; ++row) {
-    for (int set = 0; set < layout.n_sets; ++set) {
-      const PageClass cls =
-          shape.classes[std::ranges::find(layout.class_set, set) - layout.class_set.begin()];
+    for (int set = 0; set < layout.n_sets * layout.n_blocks; ++set) {
+      const PageClass cls = shape.classes[std::ranges::find(layout.class_set, set % layout.n_sets) -
+                                          layout.class_set.begin()];
       std::vector<HalfBits> low;
       for (int c = 0; c < shape.head_dim; ++c) {
         const float levels = static_cast<float>((1 << cls.chunk_bits(c / kChunkChannels)) - 1);
@@ -37,7 +37,8 @@ std::vector<std::uint8_t> random_orders(const Shape& shape, const PageLayout& la
   for (const PageClass cls : shape.classes) {
     n_wide = std::max(n_wide, cls.wide_chunks * kChunkChannels);
   }
-  const std::size_t n_sets = std::size_t(shape.batch) * shape.n_kv_heads * layout.n_sets;
+  const std::size_t n_sets =
+      std::size_t(shape.batch) * shape.n_kv_heads * layout.n_sets * layout.n_blocks;
   for (std::size_t set = 0; n_wide > 0 && set < n_sets; ++set) {
     std::vector<std::pair<std::uint32_t, std::uint8_t>> channels;
     for (int c = 0; c < shape.head_dim; ++c) {
@@ -73,27 +74,33 @@ PageLayout::PageLayout(const Shape& shape) {
     const auto first = static_cast<std::size_t>(same - shape.classes.begin());
     class_set.push_back(first < class_set.size() ? class_set[first] : n_sets++);
   }
-  int left = shape.tokens;
+  const int block_tokens = shape.block_tokens > 0 ? shape.block_tokens : shape.tokens;
+  n_blocks = shape.tokens / block_tokens;
+  // Classes of blocks are counted in pages, so that none is partly empty.
+  const int step = shape.block_tokens > 0 ? kPageTokens : 1;
+  int left = block_tokens;
   for (std::size_t cls = 0; cls < shape.classes.size(); ++cls) {
     const bool last = cls + 1 == shape.classes.size();
-    class_tokens.push_back(last ? left : int(shape.tokens * shape.share[cls] + 0.5));
+    class_tokens.push_back(last ? left : int(block_tokens / step * shape.share[cls] + 0.5) * step);
     left -= class_tokens.back();
   }
+  const auto n_classes = static_cast<int>(shape.classes.size());
   for (int row = 0; row < shape.batch * shape.n_kv_heads; ++row) {
-    for (std::size_t cls = 0; cls < shape.classes.size(); ++cls) {
-      const PageClass bits = shape.classes[cls];
+    for (int at = 0; at < n_blocks * n_classes; ++at) {
+      const int block = at / n_classes, nth = at % n_classes;
+      const int cls = block % 2 == 0 ? nth : n_classes - 1 - nth;
       for (int first = 0; first < class_tokens[cls]; first += kPageTokens) {
         PageEntry e;
         e.unit = static_cast<std::uint32_t>(pool_bytes / kTileAlignment);
-        e.set = static_cast<std::uint16_t>(class_set[cls]);
+        e.set = static_cast<std::uint16_t>(block * n_sets + class_set[cls]);
         e.tokens = static_cast<std::uint8_t>(std::min(class_tokens[cls] - first, kPageTokens));
         e.cls = static_cast<std::uint8_t>(cls);
         pages.push_back(e);
-        pool_bytes += page_bytes(shape.head_dim, bits);
+        pool_bytes += page_bytes(shape.head_dim, shape.classes[cls]);
       }
     }
     row_begin.push_back(static_cast<std::int32_t>(pages.size()));
-    set_base.push_back(row * n_sets);
+    set_base.push_back(row * n_blocks * n_sets);
   }
 }
 

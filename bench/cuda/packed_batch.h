@@ -10,12 +10,14 @@
 
 namespace zipcache::cuda {
 
-// Where the pages of all rows lie, row after row, class after class. Classes with keys of the same
-// widths share a scale set, as in a sealed block.
+// Where the pages of all rows lie, row after row, block after block, class after class: in every
+// other block the other way round, as the plug-in has them. Classes of a block with keys of the
+// same widths share a scale set.
 struct PageLayout {
   std::vector<PageEntry> pages;
-  std::vector<std::int32_t> row_begin{0}, set_base, class_tokens, class_set;
-  int n_sets = 0;  // of a row
+  std::vector<std::int32_t> row_begin{0}, set_base, class_tokens, class_set;  // of a block
+  int n_sets = 0;                                                             // of a block
+  int n_blocks = 1;                                                           // of a row
   std::size_t pool_bytes = 0;
 
   explicit PageLayout(const Shape& shape);

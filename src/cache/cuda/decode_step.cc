@@ -59,6 +59,7 @@ Status DeviceCache::plan_decode_launch(Stream stream) {
   const std::vector<std::int32_t> set_base(n_rows, 0);
   PlanInput input;
   input.head_dim = static_cast<int>(shape.head_dim);
+  input.group = group;
   input.classes = classes;
   input.pages = pages;
   input.row_begin = row_begin;

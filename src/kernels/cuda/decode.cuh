@@ -12,8 +12,8 @@
 namespace zipcache::cuda {
 
 struct ItemHead {
-  int n_pages, next, tile_bytes, row, set, n_tokens, value_offset, next_set;
-  uint32_t bits, next_bits;
+  int n_pages, next, tile_bytes, row, n_tokens, value_offset, fold, n_folds, first_set;
+  uint32_t bits;
 };
 __device__ __forceinline__ ItemHead load_item(const DecodeParams& params, int index) {
   const uint4* item = reinterpret_cast<const uint4*>(params.items + index);
@@ -23,12 +23,12 @@ __device__ __forceinline__ ItemHead load_item(const DecodeParams& params, int in
   head.next = static_cast<int>(a.z);
   head.tile_bytes = static_cast<int>(a.w);
   head.row = static_cast<int>(b.x);
-  head.set = static_cast<int>(b.y);
   head.bits = b.z;
   head.n_tokens = static_cast<int>(b.w);
   head.value_offset = static_cast<int>(c.x);
-  head.next_set = static_cast<int>(c.y);
-  head.next_bits = c.z;
+  head.fold = static_cast<int>(c.y);
+  head.n_folds = static_cast<int>(c.z);
+  head.first_set = static_cast<int>(c.w);
   return head;
 }
 
@@ -366,30 +366,38 @@ __global__ void __launch_bounds__(decode_threads(kHeadDim), kDecodeBlocksPerSm)
   QueryOperand<kHeadDim, kLaneHeads> query(
       params, group, shared, shared + at.query_scalars,
       reinterpret_cast<float*>(shared + at.outputs) + warp * group * output_stride(kHeadDim), lane);
+  int index = first_item;
+  ItemHead item = load_item(params, index);
+  const auto query_of_row = [&] {
+    return params.q + static_cast<int64_t>(item.row) * group * kHeadDim;
+  };
+  const auto fold_sets = [&](const float* q, auto meanwhile) {
+    query.fold_sets(q, params.items + index, item.n_folds, item.first_set, warp, lane, meanwhile);
+  };
+  // The first fold stands before the loop: no registers of a row are taken yet.
+  if ((item.bits & kItemFolds) != 0) {
+    fold_sets(query_of_row(), [&] { ring.fill_up(params, lane); });
+  } else {
+    ring.fill_up(params, lane);
+  }
   RowState<kHeadDim, kLaneHeads> state;
   state.clear();
   int value_bits = 0;
-  int folded_set = -1;  // of this row
   WarpTurn<kWarps> turn;
-  int index = first_item;
-  do {
-    const ItemHead item = load_item(params, index);
+  for (;;) {
     const PageClass cls = item_class(item.bits);
     const TileShape shape(cls, item.value_offset, item.tile_bytes);
-    const float* q = params.q + static_cast<int64_t>(item.row) * group * kHeadDim;
+    const float* q = query_of_row();
     const float* factors = params.value_factors + static_cast<int64_t>(item.row) * kHeadDim;
     if ((item.bits & kItemEndsPart) != 0 && warp == 0 && lane < kHeadDim / 32) {
       ptx::prefetch(factors + lane * 32);
     }
     if (item.n_pages > 0) {
-      if (item.set != folded_set) {  // values of another width share the keys' set
-        FoldKeys next;
-        if ((item.bits & kItemNextInRow) != 0) {
-          next = {item.next_set, item_class(item.next_bits)};
-        }
-        query.take(q, {item.set, cls}, next, warp, lane);
-        folded_set = item.set;
+      // first_item by another name: kept in a register over the loop it would spill.
+      if ((item.bits & kItemFolds) != 0 && index != static_cast<int>(blockIdx.x) * kItemGroup) {
+        fold_sets(q, [] {});
       }
+      query.take(item.fold, lane);
       if (cls.value_bits != value_bits) {
         state.change_width(value_bits, cls.value_bits, lane);
         value_bits = cls.value_bits;
@@ -415,7 +423,7 @@ __global__ void __launch_bounds__(decode_threads(kHeadDim), kDecodeBlocksPerSm)
         if (params.store.k != nullptr) {
           store_token<kHeadDim>(params, group, item.row, tokens - 1, q);
         }
-        query.take(q, {FoldKeys::kTail, {kHalfBits}}, {}, warp, lane);
+        query.fold_tail(q, warp, lane);
         // Half a tile per warp: its loads follow each other, so more warps wait for fewer.
         constexpr int kShare = kTileTokens / 2;
 #pragma unroll 1
@@ -428,11 +436,13 @@ __global__ void __launch_bounds__(decode_threads(kHeadDim), kDecodeBlocksPerSm)
       finish_part<kHeadDim>(params, group, index, item.row, state, shared, warp, lane);
       state.clear();
       value_bits = 0;
-      folded_set = -1;
-      query.forget();
     }
     index = item.next;
-  } while (index >= 0);
+    if (index < 0) {
+      break;
+    }
+    item = load_item(params, index);
+  }
 }
 
 }  // namespace zipcache::cuda

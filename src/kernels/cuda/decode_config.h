@@ -1,7 +1,7 @@
 // Sizes of the decode kernel that host and device must agree on: warps, shared memory, workspace.
 #pragma once
 
-#include "kernels/cuda/device_page.h"
+#include "kernels/cuda/params.h"
 
 namespace zipcache::cuda {
 
@@ -55,9 +55,11 @@ ZC_HOST_DEVICE constexpr int query_operand_bytes(int head_dim, int lane_heads) {
   return head_dim / 32 * query_columns(lane_heads) * 16;
 }
 inline constexpr int kQueryScalarBytes = kMaxGroup * 8;  // of an operand
+// Scale sets that the query is folded for at a time.
+ZC_HOST_DEVICE constexpr int max_folds(int group) { return kMaxFolds / decode_lane_heads(group); }
 
 // Shared memory of a block:
-//   [four query operands][scalars of each]
+//   [query operands][scalars of each]
 //   [max and sum of each warp and head][outputs of each warp and head]
 //   [flag, barriers of each warp's ring][items of each warp][ring slots of each warp]
 // Slots are aligned like tiles: copies to places 16 bytes further on take 7 % longer.
@@ -72,8 +74,8 @@ ZC_HOST_DEVICE constexpr int output_stride(int head_dim) { return head_dim + 4; 
 ZC_HOST_DEVICE constexpr DecodeShared decode_shared(int head_dim, int group) {
   const int warps = decode_warps(head_dim);
   DecodeShared at{};
-  at.query_scalars = 4 * query_operand_bytes(head_dim, decode_lane_heads(group));
-  at.states = at.query_scalars + 4 * kQueryScalarBytes;
+  at.query_scalars = max_folds(group) * query_operand_bytes(head_dim, decode_lane_heads(group));
+  at.states = at.query_scalars + max_folds(group) * kQueryScalarBytes;
   at.outputs = at.states + warps * kMaxGroup * 8;
   at.control = at.outputs + warps * group * output_stride(head_dim) * 4;
   const int end = at.control + kFlagBytes + warps * kRingControlBytes;

@@ -240,7 +240,7 @@ struct RowState {
 #pragma unroll 1  // here and below: the loads of a whole tile at once would spill
     for (int block = 0; block * 16 < tokens; ++block) {
       float part[4] = {};
-#pragma unroll 1
+#pragma unroll 4
       for (int chunk = 0; chunk < kHeadDim / 32; ++chunk) {
         const uint4 upper = row(k, block * 16 + g, chunk * 32 + i * 8);
         const uint4 lower = row(k, block * 16 + g + 8, chunk * 32 + i * 8);

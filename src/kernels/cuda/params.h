@@ -14,8 +14,9 @@ using HalfBits = std::uint16_t;  // fp16, kept as its bits
 // what a block of threads streams at a time. Made by plan_decode(). Items of a block stand together
 // in groups, so that a warp loads a group at once, 16 bytes per lane; places that are left over
 // have no pages.
-inline constexpr int kItemPages = 16;
+inline constexpr int kItemPages = 8;
 inline constexpr int kItemGroup = 4;
+inline constexpr int kMaxFolds = 8;
 struct alignas(128) WorkItem {
   std::int32_t first_page = 0;  // index into DecodeParams::pages
   std::int32_t n_pages = 0;
@@ -28,19 +29,24 @@ struct alignas(128) WorkItem {
   std::int32_t n_tokens = 0;
 
   std::int32_t value_offset = 0;  // of its tiles
-  std::int32_t next_set = -1;     // the block's next other one, -1 = none
-  std::uint32_t next_bits = 0;    // item_class_bits() of next_set
-  std::int32_t unused = 0;
+  std::int32_t fold = 0;          // which of the last folded ones its set is
+  std::int32_t n_folds = 0;       // with kItemFolds: fold these first
+  std::int32_t first_set = 0;     // what `folds` count sets from
 
   std::int32_t partial = 0;        // the block's slot of the row's
   std::int32_t first_partial = 0;  // slots: [first_partial, first_partial + n_partials)
   std::int32_t n_partials = 0;     // 1: the block has the whole row and writes the result itself
-  std::int32_t unused_too = 0;
+  std::int32_t unused = 0;
 
   // The first pages again: they come with the item, in one trip to memory less.
   struct Page {
     std::uint32_t unit = 0;
   } pages[kItemPages];
+  // What the query is folded for, for this item and those behind it.
+  struct Fold {
+    std::uint16_t set = 0;   // from first_set on
+    std::uint16_t bits = 0;  // item_class_bits()
+  } folds[kMaxFolds];
 };
 ZC_HOST_DEVICE constexpr std::uint32_t item_class_bits(PageClass cls) {
   return static_cast<std::uint32_t>(cls.key_bits | cls.value_bits << 4 | cls.wide_chunks << 8 |
@@ -52,7 +58,7 @@ ZC_HOST_DEVICE constexpr PageClass item_class(std::uint32_t bits) {
 }
 inline constexpr std::uint32_t kItemEndsPart = 1u << 16;   // the block's last of this row
 inline constexpr std::uint32_t kItemWithTail = 2u << 16;   // the row's fp16 tail follows
-inline constexpr std::uint32_t kItemNextInRow = 4u << 16;  // next_set is of this part of the row
+inline constexpr std::uint32_t kItemFolds = 4u << 16;      // the query is folded anew
 static_assert(sizeof(WorkItem) * kItemGroup == kWarpLanes * 16);
 
 // What a decode step stores on its way, of the token whose query attends: its key and value as the

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "base/check.h"
+#include "kernels/cuda/decode_config.h"
 
 namespace zipcache::cuda {
 namespace {
@@ -61,7 +62,10 @@ class Planner {
     return page_bytes(input_.head_dim, cls) + std::int64_t{kTilesPerPage} * input_.tile_bytes;
   }
   std::int64_t tail_cost() const {
-    return input_.with_tail && !apart_ ? std::int64_t{input_.tail_tokens} * input_.head_dim * 4 : 0;
+    if (!input_.with_tail || apart_) {
+      return 0;
+    }
+    return input_.tail_bytes + std::int64_t{input_.tail_tokens} * input_.head_dim * 4;
   }
   std::int64_t piece_cost(const Piece& piece) const {
     std::int64_t cost = input_.part_bytes;
@@ -263,6 +267,7 @@ class Planner {
       std::ranges::reverse(items);
     }
     items.back().bits |= kItemEndsPart | (with_tail ? kItemWithTail : 0);
+    name_folds(items);
     return items;
   }
   bool has_tail(const Piece& piece) const {
@@ -317,23 +322,32 @@ class Planner {
         ++next_partial[row];
         n = end;
       }
-      name_next_sets(static_cast<std::int32_t>(block) * kItemGroup, plan.items);
     }
     return plan;
   }
 
-  static void name_next_sets(std::int32_t first, std::vector<WorkItem>& items) {
-    for (std::int32_t at = first; at >= 0; at = items[at].next) {
-      WorkItem& item = items[at];
-      for (std::int32_t later = item.next; later >= 0; later = items[later].next) {
-        const WorkItem& other = items[later];
-        if (other.n_pages > 0 && (other.row != item.row || other.set != item.set)) {
-          item.next_set = other.set;
-          item.next_bits = item_class_bits(item_class(other.bits));
-          item.bits |= other.row == item.row ? kItemNextInRow : 0;
-          break;
-        }
+  // Which sets the query is folded for, as many at a time as there is room for.
+  void name_folds(std::vector<WorkItem>& part) const {
+    const int most = max_folds(input_.group);
+    WorkItem* first = nullptr;  // of those folded together
+    int set = -1;
+    for (WorkItem& item : part) {
+      if (item.n_pages == 0) {
+        continue;
       }
+      if (first == nullptr || (item.set != set && first->n_folds == most)) {
+        first = &item;
+        first->bits |= kItemFolds;
+        first->first_set = input_.set_base[item.row];
+        set = -1;
+      }
+      if (item.set != set) {
+        first->folds[first->n_folds++] = {
+            static_cast<std::uint16_t>(item.set - first->first_set),
+            static_cast<std::uint16_t>(item_class_bits(item_class(item.bits)))};
+        set = item.set;
+      }
+      item.fold = first->n_folds - 1;
     }
   }
 

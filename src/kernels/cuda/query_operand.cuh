@@ -12,15 +12,14 @@ inline constexpr int kHalfBits = 16;  // "width" of the fp16 tail
 
 // Which keys a query is folded for: a scale set and the widths of its pages, or fp16 rows.
 struct FoldKeys {
-  static constexpr int kNone = -1, kTail = -2;
-  int set = kNone;  // index into DecodeParams::key_sets, or one of these
+  static constexpr int kTail = -1;
+  int set = kTail;  // index into DecodeParams::key_sets, or this
   PageClass cls;
 };
 
 // The query as the operand of one width and scale set: q^ = scale * q * s / p, times a number
-// `norm` per head. A warp folds all channels of a head, the block shares what its warps have
-// folded. The operand that is wanted next is folded with it, by the warps that have no head left to
-// fold, and later taken without a barrier.
+// `norm` per head. A warp folds all channels of a head, for several sets at a time; the block
+// shares what its warps have folded.
 //
 // For codes q^ is an integer of 16 bits, in two parts: 256 * (part 0) + (part 1), each a byte with
 // its sign. Groups up to 4 have a lane for each head: column 2c of the matrix instruction is part 0
@@ -36,8 +35,8 @@ class QueryOperand {
   float start[kLaneHeads];    // of the lane's heads: score * inverse + start is scale * q . k,
   float inverse[kLaneHeads];  // base 2
 
-  // In shared memory: `words`, 4 operands of query_operand_bytes(), `scalars`, 4 of
-  // kQueryScalarBytes, and `row`, head_dim floats of this warp that are free during take().
+  // In shared memory: `words`, max_folds() operands of query_operand_bytes(), `scalars`, as many of
+  // kQueryScalarBytes, and `row`, head_dim floats of this warp that are free while it folds.
   __device__ __forceinline__ QueryOperand(const DecodeParams& params, int group, uint8_t* words,
                                           uint8_t* scalars, float* row, int lane)
       : params_(params),
@@ -59,28 +58,28 @@ class QueryOperand {
     return reinterpret_cast<const uint4*>(words_ + operand_ * kBytes) + column;
   }
 
-  // Takes the operand of `keys`, which was folded as `next`, or folds it, and `next`, if that is
-  // one. All warps call this with the same. `q` is the query of the KV head, [group, head_dim].
-  __device__ __forceinline__ void take(const float* q, FoldKeys keys, FoldKeys next, int warp,
-                                       int lane) {
-    if (keys.set == next_set_) {
-      operand_ += 1;
-      next_set_ = FoldKeys::kNone;
-    } else {
-      // Two folds in turn: warps that are ahead write one while others still read the other.
-      operand_ = (operand_ & 2) ^ 2;
-      const int n_heads = next.set == FoldKeys::kNone ? group_ : 2 * group_;
-#pragma unroll 1
-      for (int n = warp; n < n_heads; n += decode_warps(kHeadDim)) {
-        if (n < group_) {
-          fold(q, n, keys, operand_, lane);
-        } else {
-          fold(q, n - group_, next, operand_ + 1, lane);
-        }
-      }
-      next_set_ = next.set;
-      __syncthreads();
-    }
+  // Folds the query of a KV head, [group, head_dim], for what `item` says. All warps call this; it
+  // waits until nobody reads what was folded before, and until all is folded. `meanwhile()` runs
+  // while what is read first is on its way.
+  template <typename Meanwhile>
+  __device__ __forceinline__ void fold_sets(const float* q, const WorkItem* item, int n_folds,
+                                            int first_set, int warp, int lane,
+                                            Meanwhile meanwhile) {
+    const auto keys = [&](int n) {
+      const uint32_t fold = __ldg(reinterpret_cast<const uint32_t*>(item->folds) + n);
+      return FoldKeys{first_set + static_cast<int>(fold & 0xffff), item_class(fold >> 16)};
+    };
+    fold_all(q, n_folds, warp, lane, keys, meanwhile);
+  }
+  // The same for fp16 rows.
+  __device__ __forceinline__ void fold_tail(const float* q, int warp, int lane) {
+    const auto keys = [](int) { return FoldKeys{FoldKeys::kTail, {kHalfBits}}; };
+    fold_all(q, 1, warp, lane, keys, [] {});
+    take(0, lane);
+  }
+  // The operand of fold `n` is the one at hand.
+  __device__ __forceinline__ void take(int n, int lane) {
+    operand_ = n;
 #pragma unroll
     for (int e = 0; e < kLaneHeads; ++e) {
       const int head = (lane & 3) * kLaneHeads + e;
@@ -89,29 +88,81 @@ class QueryOperand {
       inverse[e] = scalars.y;
     }
   }
-  // What was folded is of another query.
-  __device__ __forceinline__ void forget() { next_set_ = FoldKeys::kNone; }
 
  private:
   static constexpr int kBytes = query_operand_bytes(kHeadDim, kLaneHeads);
   static constexpr int kLaneChannels = kHeadDim / kWarpLanes;  // of a head that a warp folds
   static constexpr int kPairs = kLaneChannels / 2;
+  static constexpr int kOrderWords = (kLaneChannels + 3) / 4;
 
-  __device__ __forceinline__ void fold(const float* q, int head, FoldKeys keys, int operand,
-                                       int lane) {
-    const int at = lane * kLaneChannels, chunk = at / 32;
-    uint32_t x[kPairs], s[kPairs], m[kPairs];
+  template <typename Keys, typename Meanwhile>
+  __device__ __forceinline__ void fold_all(const float* q, int n_folds, int warp, int lane,
+                                           Keys keys, Meanwhile meanwhile) {
+    __syncthreads();
+    const int end = n_folds * group_;
+    Source next;
+    if (warp < end) {
+      next = load(q, warp, keys, lane);
+    }
+    meanwhile();
+#pragma unroll 1
+    for (int n = warp; n < end; n += decode_warps(kHeadDim)) {
+      const Source source = next;
+      if (n + decode_warps(kHeadDim) < end) {  // on its way while this one is folded
+        next = load(q, n + decode_warps(kHeadDim), keys, lane);
+      }
+      fold(source, n, lane);
+    }
+    __syncthreads();
+  }
+
+  // What a lane folds: its channels of a head and of a scale set.
+  struct Source {
+    FoldKeys keys;
+    float x[kLaneChannels];
+    uint32_t s[kPairs], m[kPairs];
+    uint32_t order[kOrderWords];  // a byte each
+  };
+  // `n`: the fold's number times the group, plus the head.
+  template <typename Keys>
+  __device__ __forceinline__ Source load(const float* q, int n, Keys keys, int lane) const {
+    const int fold = n / group_, at = lane * kLaneChannels;
+    Source source;
+    source.keys = keys(fold);
 #pragma unroll
-    for (int pair = 0; pair < kPairs; ++pair) {  // fp16 rows
-      s[pair] = 0x3c003c00u;
-      m[pair] = 0;
+    for (int pair = 0; pair < kPairs; ++pair) {
+      source.s[pair] = 0x3c003c00u;  // fp16 rows
+      source.m[pair] = 0;
+      const float2 two =
+          __ldg(reinterpret_cast<const float2*>(q + (n - fold * group_) * kHeadDim + at) + pair);
+      source.x[pair * 2] = two.x, source.x[pair * 2 + 1] = two.y;
     }
-    if (keys.set >= 0) {
-      const HalfBits* scales = params_.key_sets + static_cast<int64_t>(keys.set) * 2 * kHeadDim;
-      load_pairs(scales + at, s);
-      load_pairs(scales + kHeadDim + at, m);
+    if (source.keys.set >= 0) {
+      const int64_t first = static_cast<int64_t>(source.keys.set) * kHeadDim + at;
+      load_pairs(params_.key_sets + first * 2 - at, source.s);
+      load_pairs(params_.key_sets + first * 2 - at + kHeadDim, source.m);
+      if (source.keys.cls.wide_chunks > 0) {
+        if constexpr (kLaneChannels == 2) {
+          source.order[0] = __ldg(reinterpret_cast<const uint16_t*>(params_.key_orders + first));
+        } else {
+#pragma unroll
+          for (int word = 0; word < kOrderWords; ++word) {
+            source.order[word] =
+                __ldg(reinterpret_cast<const uint32_t*>(params_.key_orders + first) + word);
+          }
+        }
+      }
     }
-    load_query(q + head * kHeadDim, keys, at, x);
+    return source;
+  }
+  __device__ __forceinline__ void fold(const Source& source, int n, int lane) {
+    const int at = lane * kLaneChannels, chunk = at / 32;
+    const int operand = n / group_, head = n - operand * group_;
+    const FoldKeys& keys = source.keys;
+    const uint32_t(&s)[kPairs] = source.s;
+    const uint32_t(&m)[kPairs] = source.m;
+    uint32_t x[kPairs];
+    round_query(source, at, x);
     const float log2_scale = params_.scale * 1.44269504088896f;
     float folded[kLaneChannels], largest = 0, minimum = 0;
 #pragma unroll
@@ -178,31 +229,23 @@ class QueryOperand {
 
   // The lane's channels of a row, rounded to fp16: as they stand, or those that the order of the
   // set names, by way of shared memory: one trip to memory, not two.
-  __device__ __forceinline__ void load_query(const float* from, FoldKeys keys, int at,
-                                             uint32_t (&pairs)[kPairs]) const {
-    const bool in_order = keys.cls.wide_chunks == 0;
-    int order[kLaneChannels];
-#pragma unroll
-    for (int c = 0; c < kLaneChannels; ++c) {
-      order[c] =
-          in_order ? 0
-                   : __ldg(params_.key_orders + static_cast<int64_t>(keys.set) * kHeadDim + at + c);
-    }
+  __device__ __forceinline__ void round_query(const Source& source, int at,
+                                              uint32_t (&pairs)[kPairs]) const {
     float x[kLaneChannels];
-#pragma unroll
-    for (int pair = 0; pair < kPairs; ++pair) {
-      const float2 two = __ldg(reinterpret_cast<const float2*>(from + at) + pair);
-      x[pair * 2] = two.x, x[pair * 2 + 1] = two.y;
-    }
-    if (!in_order) {
+    if (source.keys.cls.wide_chunks == 0) {
 #pragma unroll
       for (int c = 0; c < kLaneChannels; ++c) {
-        row_[at + c] = x[c];
+        x[c] = source.x[c];
+      }
+    } else {
+#pragma unroll
+      for (int c = 0; c < kLaneChannels; ++c) {
+        row_[at + c] = source.x[c];
       }
       __syncwarp();
 #pragma unroll
       for (int c = 0; c < kLaneChannels; ++c) {
-        x[c] = row_[order[c]];
+        x[c] = row_[source.order[c / 4] >> c % 4 * 8 & 0xff];
       }
       __syncwarp();
     }
@@ -211,7 +254,6 @@ class QueryOperand {
       pairs[pair] = ptx::pack_half2(x[pair * 2], x[pair * 2 + 1]);
     }
   }
-
   __device__ __forceinline__ static void load_pairs(const HalfBits* from,
                                                     uint32_t (&pairs)[kPairs]) {
     if constexpr (kPairs == 4) {
@@ -246,12 +288,11 @@ class QueryOperand {
 
   const DecodeParams& params_;
   const int group_;
-  uint8_t* words_;                  // [4 operands: of two folds, two each]
-  float2* scalars_;                 // [4 operands][heads]: start and inverse
-  float* row_;                      // of this warp: a query head, in its own order
-  int column_;                      // the lane's
-  int operand_ = 2;                 // the one at hand
-  int next_set_ = FoldKeys::kNone;  // what the other one of its fold is of
+  uint8_t* words_;   // [4 operands: of two folds, two each]
+  float2* scalars_;  // [operands][heads]: start and inverse
+  float* row_;       // of this warp: a query head, in its own order
+  int column_;       // the lane's
+  int operand_ = 0;  // the one at hand
 };
 
 }  // namespace zipcache::cuda

@@ -40,9 +40,18 @@ class TileRing {
 #endif
     }
     __syncwarp();
-    do {
+    fill(params, lane);
+    advance();
+  }
+
+  // Fills the other slots, once, before the first wait(). Until then few bytes are on their way,
+  // and what the block waits for first does not queue behind them: with all slots filled at once 8
+  // x 8k in blocks of 512 took 28.4 us instead of 27.0, 1 x 32k 15.0 instead of 14.6.
+  __device__ __forceinline__ void fill_up(const DecodeParams& params, int lane) {
+    while (slot_ != 0) {
       fill(params, lane);
-    } while (!advance());
+      advance();
+    }
   }
 
   // The tile at hand; blocks until its bytes are there.
@@ -118,6 +127,7 @@ class TileRing {
     }
     if (warp_ < kItemGroup) {
       prefetch_set(params, group_[warp_], lane);
+      prefetch_tail(params, group_[warp_], lane);
     }
   }
   // What folding the query with the scale set of an item will read.
@@ -130,6 +140,22 @@ class TileRing {
       if (params.key_orders != nullptr && lane * kLineBytes < kHeadDim) {
         ptx::prefetch(params.key_orders + first + lane * kLineBytes);
       }
+    }
+  }
+  // The tail that follows an item. The length is read past L1: a launch that starts early may see
+  // the one before.
+  __device__ __forceinline__ static void prefetch_tail(const DecodeParams& params,
+                                                       const WorkItem& item, int lane) {
+    constexpr int kLineHalves = 64;
+    if ((item.bits & kItemWithTail) == 0 || params.tail_k == nullptr) {
+      return;
+    }
+    const int end = __ldcg(params.tail_tokens + item.row / params.n_kv_heads) * kHeadDim;
+    const int64_t base = static_cast<int64_t>(item.row) * kTailTokens * kHeadDim;
+#pragma unroll 1
+    for (int at = lane * kLineHalves; at < end; at += kWarpLanes * kLineHalves) {
+      ptx::prefetch(params.tail_k + base + at);
+      ptx::prefetch(params.tail_v + base + at);
     }
   }
   __device__ __forceinline__ int page_of(int tile) const {
