@@ -56,9 +56,9 @@ ZC_HOST_DEVICE constexpr PageClass item_class(std::uint32_t bits) {
   return {static_cast<std::uint8_t>(bits & 15), static_cast<std::uint8_t>(bits >> 4 & 15),
           static_cast<std::uint8_t>(bits >> 8 & 15), static_cast<std::uint8_t>(bits >> 12 & 15)};
 }
-inline constexpr std::uint32_t kItemEndsPart = 1u << 16;   // the block's last of this row
-inline constexpr std::uint32_t kItemWithTail = 2u << 16;   // the row's fp16 tail follows
-inline constexpr std::uint32_t kItemFolds = 4u << 16;      // the query is folded anew
+inline constexpr std::uint32_t kItemEndsPart = 1u << 16;  // the block's last of this row
+inline constexpr std::uint32_t kItemWithTail = 2u << 16;  // the row's fp16 tail follows
+inline constexpr std::uint32_t kItemFolds = 4u << 16;     // the query is folded anew
 static_assert(sizeof(WorkItem) * kItemGroup == kWarpLanes * 16);
 
 // What a decode step stores on its way, of the token whose query attends: its key and value as the
