@@ -143,7 +143,7 @@ void bench_decode(const Report& report, const Shape& shape, int n_samples) {
   input.tail_tokens = shape.tail;
   input.resident_blocks = setup.resident_blocks;
   if (shape.block_tokens > 0) {
-    input.min_block_bytes = 16 << 10;  // as the plug-in
+    input.min_block_bytes = kShortRunsBlockBytes;
   }
   const DecodePlan plan = plan_decode(input);
   const DeviceBuffer<WorkItem> items(plan.items);

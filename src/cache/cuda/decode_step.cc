@@ -65,10 +65,7 @@ Status DeviceCache::plan_decode_launch(Stream stream) {
   input.row_begin = row_begin;
   input.set_base = set_base;
   input.resident_blocks = decode_setup_->resident_blocks;
-  // As many blocks as there is any work for: runs of a scale set are short here, and each costs a
-  // block the time of a few tiles (4k tokens of one sequence, 32 layers: 3.58 ms a step with 72
-  // blocks, 3.46 ms with 264).
-  input.min_block_bytes = 16 << 10;
+  input.min_block_bytes = kShortRunsBlockBytes;
   // One launch for all plans: to capture a step anew takes longer than the step.
   input.n_blocks = decode_setup_->resident_blocks;
   const DecodePlan plan = plan_decode(input);

@@ -288,7 +288,7 @@ class QueryOperand {
 
   const DecodeParams& params_;
   const int group_;
-  uint8_t* words_;   // [4 operands: of two folds, two each]
+  uint8_t* words_;   // [operands]
   float2* scalars_;  // [operands][heads]: start and inverse
   float* row_;       // of this warp: a query head, in its own order
   int column_;       // the lane's
