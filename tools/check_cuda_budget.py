@@ -3,15 +3,17 @@
 
 Usage: check_cuda_budget.py [--update] [--budget FILE] LOG...
 
-A LOG is the output of a build with `-Xptxas -v`. A kernel that exceeds its budget of registers, static
-shared memory or spills (stack included; none where the budget names none), or is missing from the
-budget fails; a budget that no build output mentions fails too, if its architecture was built.
---update writes the budget from the logs, spills excepted: to allow some takes a hand and a reason.
+A LOG is the output of a build with `-Xptxas -v`, OBJECT.log beside its OBJECT. A kernel that exceeds
+its budget of registers, static shared memory, spills (stack included; none where the budget names
+none) or code (any size where it names none), or is missing from the budget fails; a budget that no
+build output mentions fails too, if its architecture was built.
+--update writes the budget from the logs, spills and code excepted: these take a hand and a reason.
 """
 import argparse
 import json
 import pathlib
 import re
+import struct
 import subprocess
 import sys
 
@@ -30,12 +32,35 @@ def short_name(mangled):
     return match.group(1) if match else mangled
 
 
-def parse(text):
+def code_sizes(data):
+    """(mangled name, architecture as a number) -> bytes, of the device code in an object file."""
+    sizes, start = {}, 0
+    while (start := data.find(b"\x7fELF", start)) >= 0:
+        elf = data[start:]
+        start += 4
+        if struct.unpack_from("<H", elf, 18)[0] != 190:  # EM_CUDA
+            continue
+        (first,), (flags,) = struct.unpack_from("<Q", elf, 40), struct.unpack_from("<I", elf, 48)
+        size, count, names = struct.unpack_from("<HHH", elf, 58)
+        arch = flags >> (8 if elf[8] >= 8 else 0) & 0xff
+        sections = [struct.unpack_from("<IIQQQQ", elf, first + n * size) for n in range(count)]
+        for section in sections:
+            at = sections[names][4] + section[0]
+            name = elf[at:elf.index(b"\0", at)].decode()
+            if name.startswith(".text."):
+                sizes[name.removeprefix(".text."), arch] = section[5]
+    return sizes
+
+
+def parse(log):
     kernels, name = {}, None
-    for line in text.splitlines():
+    sizes = code_sizes(log.with_suffix("").read_bytes())
+    for line in log.read_text().splitlines():
         if match := ENTRY.search(line):
-            name = f"{short_name(match.group(1))} {match.group(2)}"
-            kernels[name] = {"registers": 0, "shared_bytes": 0, "spill_bytes": 0}
+            mangled, arch = match.groups()
+            name = f"{short_name(mangled)} {arch}"
+            kernels[name] = {"registers": 0, "shared_bytes": 0, "spill_bytes": 0,
+                             "code_bytes": sizes.get((mangled, int(re.sub(r"\D", "", arch))))}
         elif name and (match := STACK.search(line)):
             kernels[name]["spill_bytes"] = sum(map(int, match.groups()))
         elif name and (match := USED.search(line)):
@@ -55,11 +80,11 @@ def main():
 
     kernels = {}
     for log in args.logs:
-        kernels.update(parse(log.read_text()))
+        kernels.update(parse(log))
     problems = [] if kernels else ["no kernel in the logs: build with -Xptxas -v, from scratch"]
     if args.update:
-        allowed = {name: {"spill_bytes": of["spill_bytes"]}
-                   for name, of in json.loads(args.budget.read_text()).items() if "spill_bytes" in of}
+        allowed = {name: {what: of[what] for what in ("spill_bytes", "code_bytes") if what in of}
+                   for name, of in json.loads(args.budget.read_text()).items()}
         budget = {name: {"registers": used["registers"], "shared_bytes": used["shared_bytes"],
                          **allowed.get(name, {})}
                   for name, used in sorted(kernels.items())}
@@ -67,7 +92,9 @@ def main():
     budget = json.loads(args.budget.read_text())
     for name, used in kernels.items():
         for what, most in {"spill_bytes": 0, **budget.get(name, {})}.items():
-            if used[what] > most:
+            if used[what] is None:
+                problems.append(f"{name}: no code in the object: is it compressed?")
+            elif used[what] > most:
                 problems.append(f"{name}: {used[what]} {what}, budget {most}")
         if name not in budget:
             problems.append(f"{name}: not in {args.budget.name}")

@@ -43,27 +43,44 @@ __global__ void __launch_bounds__(kThreads)
   stream(from, n, [&](std::size_t at, const uint4& v) { __stcs(to + at, v); });
 }
 
+int n_sms() {
+  int n = 0;
+  cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, 0);
+  return n;
+}
+void launch_read(const std::uint8_t* from, std::size_t bytes, int blocks_per_sm,
+                 std::uint32_t* sink, cudaStream_t stream) {
+  read_kernel<<<n_sms() * blocks_per_sm, kThreads, 0, stream>>>(
+      reinterpret_cast<const uint4*>(from), bytes / sizeof(uint4), sink);
+}
+
+constexpr std::size_t kFlushBytes = std::size_t{128} << 20;  // an H200's L2 cache has 50 MB
+
 }  // namespace
+
+CacheFlush::CacheFlush() : memory_(kFlushBytes), sink_(1) {
+  fill_random(memory_.data(), kFlushBytes, 7);
+}
+void CacheFlush::launch(cudaStream_t stream) const {
+  launch_read(memory_.data(), kFlushBytes, 2, sink_.data(), stream);
+}
 
 void bench_ceilings(Report& report, int n_samples) {
   constexpr std::size_t kBytes = std::size_t{1} << 30;
   const DeviceBuffer<std::uint8_t> buffer(4 * kBytes);
   const DeviceBuffer<std::uint32_t> sink(1);
   fill_random(buffer.data(), 4 * kBytes, 1);
-  int n_sms = 0;
-  cudaDeviceGetAttribute(&n_sms, cudaDevAttrMultiProcessorCount, 0);
   const auto at = [&](std::size_t byte) { return reinterpret_cast<uint4*>(buffer.data() + byte); };
   const auto read = [&](std::size_t bytes, int blocks_per_sm) {
     return time_graph(int(4 * kBytes / bytes), n_samples, [&](int n, cudaStream_t stream) {
-      read_kernel<<<n_sms * blocks_per_sm, kThreads, 0, stream>>>(at(n * bytes), bytes / 16,
-                                                                  sink.data());
+      launch_read(buffer.data() + n * bytes, bytes, blocks_per_sm, sink.data(), stream);
     });
   };
   const Timing few = read(kBytes, 2), many = read(kBytes, 4);
   const Timing best = few.median < many.median ? few : many;
   const Timing copy = time_graph(2, n_samples, [&](int n, cudaStream_t stream) {
-    copy_kernel<<<n_sms * 4, kThreads, 0, stream>>>(at(2 * n * kBytes), at((2 * n + 1) * kBytes),
-                                                    kBytes / 16);
+    copy_kernel<<<n_sms() * 4, kThreads, 0, stream>>>(at(2 * n * kBytes), at((2 * n + 1) * kBytes),
+                                                      kBytes / 16);
   });
   report.read_bytes_per_s = kBytes / best.median;
   report.copy_bytes_per_s = 2 * kBytes / copy.median;

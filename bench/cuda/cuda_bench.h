@@ -8,12 +8,17 @@
 #include <string>
 #include <vector>
 
+#include "device_memory.h"
 #include "kernels/cuda/device_page.h"
 
 namespace zipcache::cuda {
 
 struct Timing {
   double median = 0, p10 = 0, p90 = 0;  // seconds per launch
+
+  Timing operator-(double seconds) const {
+    return {median - seconds, p10 - seconds, p90 - seconds};
+  }
 };
 
 // Captures launch(0..n_launches-1) into a graph and replays it.
@@ -41,6 +46,19 @@ struct Shape {
 };
 
 void bench_ceilings(Report& report, int n_samples);  // sets the report's ceilings
+
+// A kernel that reads more than the L2 cache holds. Behind it nothing of a launch is there, its
+// code included: as in an engine, where kernels that read weights stand between two launches.
+class CacheFlush {
+ public:
+  CacheFlush();
+  void launch(cudaStream_t stream) const;
+
+ private:
+  DeviceBuffer<std::uint8_t> memory_;
+  DeviceBuffer<std::uint32_t> sink_;
+};
+
 void bench_decode(const Report& report, const Shape& shape, int n_samples);
 // `n_queries` tokens at the end of the sequence, in fp16 rows, after its packed tokens.
 void bench_prefill(const Report& report, const Shape& shape, int n_queries, int n_samples);

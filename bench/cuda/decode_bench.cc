@@ -139,6 +139,7 @@ void bench_decode(const Report& report, const Shape& shape, int n_samples) {
   input.row_begin = batch.layout.row_begin;
   input.set_base = batch.layout.set_base;
   input.group = group;
+  input.n_kv_heads = shape.n_kv_heads;
   input.with_tail = shape.tail > 0;
   input.tail_tokens = shape.tail;
   input.resident_blocks = setup.resident_blocks;
@@ -191,6 +192,15 @@ void bench_decode(const Report& report, const Shape& shape, int n_samples) {
   p.start_early = true;
   report.line("decode early", shape.name, bytes, time_graph(batch.n_copies, n_samples, launch),
               extra);
+  // What a launch behind another kernel adds to it.
+  const CacheFlush flush;
+  const Timing alone = time_graph(batch.n_copies, n_samples,
+                                  [&](int, cudaStream_t stream) { flush.launch(stream); });
+  const Timing both = time_graph(batch.n_copies, n_samples, [&](int copy, cudaStream_t stream) {
+    flush.launch(stream);
+    launch(copy, stream);
+  });
+  report.line("decode cold", shape.name, bytes, both - alone.median, extra);
 }
 
 }  // namespace zipcache::cuda

@@ -60,6 +60,7 @@ Status DeviceCache::plan_decode_launch(Stream stream) {
   PlanInput input;
   input.head_dim = static_cast<int>(shape.head_dim);
   input.group = group;
+  input.n_kv_heads = static_cast<int>(shape.n_kv_heads);
   input.classes = classes;
   input.pages = pages;
   input.row_begin = row_begin;

@@ -96,6 +96,7 @@ Expected<DecodeSetup> prepare_decode(int head_dim, int group, std::span<const Pa
   // Slots that let the registers' number of blocks stay; at least two, if the block may.
   DecodeSetup setup;
   setup.shared.group = group;
+  setup.shared.group_inverse = ((1 << 16) + group - 1) / group;
   for (const PageClass cls : classes) {
     setup.shared.slot_bytes = std::max(setup.shared.slot_bytes, tile_bytes(head_dim, cls));
   }

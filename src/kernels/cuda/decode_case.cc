@@ -270,6 +270,7 @@ std::vector<Outputs> run_decode(const DecodeCase& c, const HostCache& cache, int
   input.row_begin = cache.row_begin;
   input.set_base = cache.set_base;
   input.group = c.group;
+  input.n_kv_heads = c.n_kv_heads;
   input.with_tail = !c.tail.empty();
   input.resident_blocks = c.resident_blocks > 0 ? c.resident_blocks : setup->resident_blocks;
   input.min_block_bytes = 2 << 10;  // many splits, also of small cases

@@ -27,25 +27,20 @@ ZC_HOST_DEVICE constexpr int decode_lane_heads(int group) { return group <= 4 ? 
 
 // What a launch decides about shared memory.
 struct DecodeSharedPlan {
-  int group = 1;       // query heads per KV head
-  int n_slots = 0;     // of each warp's ring, 1..kMaxRingSlots
-  int slot_bytes = 0;  // the largest tile of the launch
-  int ring_bytes = 0;  // n_slots * slot_bytes: multiplied in the kernel, it takes a register
+  int group = 1;          // query heads per KV head
+  int group_inverse = 0;  // 2^16 / group, rounded up: n * this >> 16 is n / group, of small n
+  int n_slots = 0;        // of each warp's ring, 1..kMaxRingSlots
+  int slot_bytes = 0;     // the largest tile of the launch
+  int ring_bytes = 0;     // n_slots * slot_bytes: multiplied in the kernel, it takes a register
 };
 
-// Which tiles of an item are a warp's: first(), and every kWarps-th from there on. The warps take
-// turns across items: of items with fewer tiles than warps, one after the other does the next.
-template <int kWarps>
-class WarpTurn {
- public:
-  ZC_HOST_DEVICE constexpr int first(int warp) const {
-    return static_cast<int>((warp + kWarps - next_) % kWarps);
-  }
-  ZC_HOST_DEVICE constexpr void pass(int n_tiles) { next_ = (next_ + n_tiles) % kWarps; }
-
- private:
-  unsigned next_ = 0;  // the warp that takes the next tile
-};
+// Which tile of an item is a warp's first; every decode_warps()-th from there on is its own too.
+// The warps take turns across a block's items: of items with fewer tiles than warps, one after the
+// other does the next.
+ZC_HOST_DEVICE constexpr int first_tile_of_warp(int head_dim, std::uint32_t item_bits, int warp) {
+  const auto warps = static_cast<unsigned>(decode_warps(head_dim));
+  return static_cast<int>((static_cast<unsigned>(warp) - (item_bits >> kItemTurnShift)) % warps);
+}
 
 // Columns of a query operand: the lanes' 16-byte units of 32 channels of all heads.
 ZC_HOST_DEVICE constexpr int query_columns(int lane_heads) {

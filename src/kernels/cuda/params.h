@@ -36,7 +36,7 @@ struct alignas(128) WorkItem {
   std::int32_t partial = 0;        // the block's slot of the row's
   std::int32_t first_partial = 0;  // slots: [first_partial, first_partial + n_partials)
   std::int32_t n_partials = 0;     // 1: the block has the whole row and writes the result itself
-  std::int32_t unused = 0;
+  std::int32_t sequence = 0;       // of the row
 
   // The first pages again: they come with the item, in one trip to memory less.
   struct Page {
@@ -45,7 +45,7 @@ struct alignas(128) WorkItem {
   // What the query is folded for, for this item and those behind it.
   struct Fold {
     std::uint16_t set = 0;   // from first_set on
-    std::uint16_t bits = 0;  // item_class_bits()
+    std::uint16_t bits = 0;  // item_class_bits(), of kTailClass for the fp16 tail
   } folds[kMaxFolds];
 };
 ZC_HOST_DEVICE constexpr std::uint32_t item_class_bits(PageClass cls) {
@@ -59,6 +59,10 @@ ZC_HOST_DEVICE constexpr PageClass item_class(std::uint32_t bits) {
 inline constexpr std::uint32_t kItemEndsPart = 1u << 16;  // the block's last of this row
 inline constexpr std::uint32_t kItemWithTail = 2u << 16;  // the row's fp16 tail follows
 inline constexpr std::uint32_t kItemFolds = 4u << 16;     // the query is folded anew
+inline constexpr int kItemTailFoldShift = 20;             // which of the last folded is the tail's
+inline constexpr std::uint32_t kItemTailFoldMask = kMaxFolds - 1;
+inline constexpr int kItemTurnShift = 24;      // the warp that takes its first tile
+inline constexpr PageClass kTailClass{15, 0};  // of no page
 static_assert(sizeof(WorkItem) * kItemGroup == kWarpLanes * 16);
 
 // What a decode step stores on its way, of the token whose query attends: its key and value as the

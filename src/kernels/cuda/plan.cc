@@ -228,6 +228,7 @@ class Planner {
     do {
       WorkItem item;
       item.row = piece.row;
+      item.sequence = piece.row / input_.n_kv_heads;
       item.first_page = page;
       if (page < piece.end) {
         const PageEntry first = input_.pages[page];
@@ -267,7 +268,7 @@ class Planner {
       std::ranges::reverse(items);
     }
     items.back().bits |= kItemEndsPart | (with_tail ? kItemWithTail : 0);
-    name_folds(items);
+    name_folds(items, with_tail);
     return items;
   }
   bool has_tail(const Piece& piece) const {
@@ -301,6 +302,7 @@ class Planner {
     plan.items.resize(static_cast<std::size_t>(plan.n_blocks) * kItemGroup);
     for (std::size_t block = 0; block < blocks.size(); ++block) {
       std::size_t n_items = 0, at = block * kItemGroup;
+      std::uint32_t turn = 0;
       for (std::size_t n = 0; n < blocks[block].size();) {
         const int row = blocks[block][n].row;
         const std::size_t end = part_end(blocks[block], n);
@@ -316,6 +318,8 @@ class Planner {
             }
             plan.items[last].next = static_cast<std::int32_t>(at);
           }
+          item.bits |= turn << kItemTurnShift;
+          turn = (turn + item.n_pages * kTilesPerPage) % decode_warps(input_.head_dim);
           plan.items[at] = item;
           ++n_items;
         }
@@ -326,28 +330,33 @@ class Planner {
     return plan;
   }
 
-  // Which sets the query is folded for, as many at a time as there is room for.
-  void name_folds(std::vector<WorkItem>& part) const {
-    const int most = max_folds(input_.group);
+  // What the query is folded for, as many sets at a time as there is room for, and with the last
+  // of them the tail.
+  void name_folds(std::vector<WorkItem>& part, bool with_tail) const {
+    const int most = max_folds(input_.group) - (with_tail ? 1 : 0);
     WorkItem* first = nullptr;  // of those folded together
     int set = -1;
     for (WorkItem& item : part) {
-      if (item.n_pages == 0) {
-        continue;
-      }
-      if (first == nullptr || (item.set != set && first->n_folds == most)) {
+      const bool another = item.n_pages > 0 && item.set != set;
+      if (first == nullptr || (another && first->n_folds == most)) {
         first = &item;
         first->bits |= kItemFolds;
         first->first_set = input_.set_base[item.row];
         set = -1;
       }
-      if (item.set != set) {
-        first->folds[first->n_folds++] = {
-            static_cast<std::uint16_t>(item.set - first->first_set),
-            static_cast<std::uint16_t>(item_class_bits(item_class(item.bits)))};
-        set = item.set;
+      if (item.n_pages > 0) {
+        if (item.set != set) {
+          first->folds[first->n_folds++] = {
+              static_cast<std::uint16_t>(item.set - first->first_set),
+              static_cast<std::uint16_t>(item_class_bits(item_class(item.bits)))};
+          set = item.set;
+        }
+        item.fold = first->n_folds - 1;
       }
-      item.fold = first->n_folds - 1;
+    }
+    if (with_tail) {
+      part.back().bits |= static_cast<std::uint32_t>(first->n_folds) << kItemTailFoldShift;
+      first->folds[first->n_folds++] = {0, static_cast<std::uint16_t>(item_class_bits(kTailClass))};
     }
   }
 
@@ -361,6 +370,7 @@ class Planner {
 
 DecodePlan plan_decode(const PlanInput& input) {
   ZC_CHECK(input.row_begin.size() >= 2 && input.set_base.size() + 1 == input.row_begin.size());
+  ZC_CHECK(input.n_kv_heads > 0);
   ZC_CHECK(input.resident_blocks > 0 && input.min_block_bytes > 0);
   // A tail behind a block's pages costs their reader about 4 us (32k tokens of one sequence: 17 us
   // without, 21.7 with one); by itself it is read meanwhile. Many rows leave no blocks for that.

@@ -20,7 +20,8 @@ inline constexpr int kShortRunsBlockBytes = 16 << 10;
 
 struct PlanInput {
   int head_dim = 0;
-  int group = 1;  // query heads per KV head
+  int group = 1;       // query heads per KV head
+  int n_kv_heads = 0;  // > 0; rows of a sequence
   std::span<const PageClass> classes;
   std::span<const PageEntry> pages;         // of all rows, row after row
   std::span<const std::int32_t> row_begin;  // rows + 1: first page of each row

@@ -34,6 +34,7 @@ struct Lists {
   PlanInput input(int resident_blocks) const {
     PlanInput in;
     in.head_dim = 128;
+    in.n_kv_heads = 1;
     in.classes = classes;
     in.pages = pages;
     in.row_begin = row_begin;
@@ -44,7 +45,8 @@ struct Lists {
 };
 
 // Every page exactly once, of one class and set per item, full up to the last; tails once per row,
-// consistent slots, a block has a row only once. What an item takes was folded before, for it.
+// consistent slots, a block has a row only once. What an item takes was folded before, for it; each
+// tile is the next warp's.
 void check(const Lists& lists, const DecodePlan& plan) {
   const int n_rows = static_cast<int>(lists.row_begin.size()) - 1;
   std::vector<int> seen(lists.pages.size()), tails(n_rows), parts(n_rows), announced(n_rows);
@@ -53,6 +55,7 @@ void check(const Lists& lists, const DecodePlan& plan) {
   for (int block = 0; block < plan.n_blocks; ++block) {
     std::set<int> rows;
     bool inside = false;
+    int n_tiles = 0;
     const WorkItem* folded = nullptr;
     for (int at = block * kItemGroup; at >= 0; at = plan.items[at].next) {
       const WorkItem& item = plan.items[at];
@@ -87,6 +90,18 @@ void check(const Lists& lists, const DecodePlan& plan) {
         ASSERT_EQ(folded->first_set + fold.set, item.set);
         ASSERT_EQ(fold.bits, item.bits & 0xffff);
       }
+      if ((item.bits & kItemWithTail) != 0) {
+        ASSERT_TRUE(folded != nullptr && folded->row == item.row);
+        const int tail = item.bits >> kItemTailFoldShift & kItemTailFoldMask;
+        ASSERT_EQ(tail, folded->n_folds - 1);
+        ASSERT_LT(tail, max_folds(lists.input(1).group));
+        ASSERT_EQ(folded->folds[tail].bits, item_class_bits(kTailClass));
+      }
+      for (int warp = 0; warp < decode_warps(128); ++warp) {
+        ASSERT_EQ(first_tile_of_warp(128, item.bits, (n_tiles + warp) % decode_warps(128)), warp);
+      }
+      n_tiles += item.n_pages * kTilesPerPage;
+      ASSERT_EQ(item.sequence, item.row);
       folded = inside ? folded : nullptr;
       if (item.n_partials > 1 && !inside) {
         ASSERT_TRUE(slots.insert(item.partial).second);

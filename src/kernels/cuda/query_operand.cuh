@@ -8,13 +8,19 @@
 
 namespace zipcache::cuda {
 
-inline constexpr int kHalfBits = 16;  // "width" of the fp16 tail
-
-// Which keys a query is folded for: a scale set and the widths of its pages, or fp16 rows.
+// Which keys a query is folded for: a scale set (index into DecodeParams::key_sets) and the widths
+// of its pages, or the fp16 rows of the tail.
 struct FoldKeys {
-  static constexpr int kTail = -1;
-  int set = kTail;  // index into DecodeParams::key_sets, or this
+  int set = 0;
   PageClass cls;
+  __device__ __forceinline__ bool is_tail() const { return cls.key_bits == kTailClass.key_bits; }
+};
+
+// Folds asked for together: of the query of a KV head, [group, head_dim], for what an item says.
+struct FoldJob {
+  const float* q;
+  const WorkItem* item;
+  int n_folds, first_set;
 };
 
 // The query as the operand of one width and scale set: q^ = scale * q * s / p, times a number
@@ -28,6 +34,10 @@ struct FoldKeys {
 // the group repeat its first head.
 template <int kHeadDim, int kLaneHeads>
 class QueryOperand {
+  static constexpr int kLaneChannels = kHeadDim / kWarpLanes;  // of a head that a warp folds
+  static constexpr int kPairs = kLaneChannels / 2;
+  static constexpr int kOrderWords = (kLaneChannels + 3) / 4;
+
  public:
   static constexpr int kHalfColumns = query_columns(kLaneHeads);
   using Words = QueryWords<kLaneHeads>;  // as many products as a lane has heads
@@ -37,15 +47,16 @@ class QueryOperand {
 
   // In shared memory: `words`, max_folds() operands of query_operand_bytes(), `scalars`, as many of
   // kQueryScalarBytes, and `row`, head_dim floats of this warp that are free while it folds.
-  __device__ __forceinline__ QueryOperand(const DecodeParams& params, int group, uint8_t* words,
-                                          uint8_t* scalars, float* row, int lane)
+  __device__ __forceinline__ QueryOperand(const DecodeParams& params, const DecodeSharedPlan& plan,
+                                          uint8_t* words, uint8_t* scalars, float* row, int lane)
       : params_(params),
-        group_(group),
+        group_(plan.group),
+        group_inverse_(plan.group_inverse),
         words_(words),
         scalars_(reinterpret_cast<float2*>(scalars)),
         row_(row) {
     const int column = lane >> 2, head = column * kLaneHeads / kMaxLaneHeads;
-    column_ = (head < group ? column : column % (kMaxLaneHeads / kLaneHeads)) * 4 + (lane & 3);
+    column_ = (head < group_ ? column : column % (kMaxLaneHeads / kLaneHeads)) * 4 + (lane & 3);
   }
 
   // This lane's column of [head_dim / 32][32 lanes], for codes.
@@ -58,24 +69,34 @@ class QueryOperand {
     return reinterpret_cast<const uint4*>(words_ + operand_ * kBytes) + column;
   }
 
-  // Folds the query of a KV head, [group, head_dim], for what `item` says. All warps call this; it
-  // waits until nobody reads what was folded before, and until all is folded. `meanwhile()` runs
-  // while what is read first is on its way.
-  template <typename Meanwhile>
-  __device__ __forceinline__ void fold_sets(const float* q, const WorkItem* item, int n_folds,
-                                            int first_set, int warp, int lane,
-                                            Meanwhile meanwhile) {
-    const auto keys = [&](int n) {
-      const uint32_t fold = __ldg(reinterpret_cast<const uint32_t*>(item->folds) + n);
-      return FoldKeys{first_set + static_cast<int>(fold & 0xffff), item_class(fold >> 16)};
-    };
-    fold_all(q, n_folds, warp, lane, keys, meanwhile);
+  // What a lane folds at a time: its channels of a head and of a scale set.
+  struct Source {
+    FoldKeys keys;
+    float x[kLaneChannels];
+    uint32_t s[kPairs], m[kPairs];
+    uint32_t order[kOrderWords];  // a byte each
+  };
+  // Folding: all warps call both. The first asks for what a warp reads first; the other waits until
+  // nobody reads what was folded before, and until all is folded.
+  __device__ __forceinline__ Source begin_folds(const FoldJob& job, int warp, int lane) const {
+    Source first{};
+    if (warp < job.n_folds * group_) {
+      first = load(job, warp, lane);
+    }
+    return first;
   }
-  // The same for fp16 rows.
-  __device__ __forceinline__ void fold_tail(const float* q, int warp, int lane) {
-    const auto keys = [](int) { return FoldKeys{FoldKeys::kTail, {kHalfBits}}; };
-    fold_all(q, 1, warp, lane, keys, [] {});
-    take(0, lane);
+  __device__ __forceinline__ void end_folds(const FoldJob& job, Source next, int warp, int lane) {
+    __syncthreads();
+    const int end = job.n_folds * group_;
+#pragma unroll 1
+    for (int n = warp; n < end; n += decode_warps(kHeadDim)) {
+      const Source source = next;
+      if (n + decode_warps(kHeadDim) < end) {  // on its way while this one is folded
+        next = load(job, n + decode_warps(kHeadDim), lane);
+      }
+      fold(source, n, lane);
+    }
+    __syncthreads();
   }
   // The operand of fold `n` is the one at hand.
   __device__ __forceinline__ void take(int n, int lane) {
@@ -91,53 +112,23 @@ class QueryOperand {
 
  private:
   static constexpr int kBytes = query_operand_bytes(kHeadDim, kLaneHeads);
-  static constexpr int kLaneChannels = kHeadDim / kWarpLanes;  // of a head that a warp folds
-  static constexpr int kPairs = kLaneChannels / 2;
-  static constexpr int kOrderWords = (kLaneChannels + 3) / 4;
 
-  template <typename Keys, typename Meanwhile>
-  __device__ __forceinline__ void fold_all(const float* q, int n_folds, int warp, int lane,
-                                           Keys keys, Meanwhile meanwhile) {
-    __syncthreads();
-    const int end = n_folds * group_;
-    Source next;
-    if (warp < end) {
-      next = load(q, warp, keys, lane);
-    }
-    meanwhile();
-#pragma unroll 1
-    for (int n = warp; n < end; n += decode_warps(kHeadDim)) {
-      const Source source = next;
-      if (n + decode_warps(kHeadDim) < end) {  // on its way while this one is folded
-        next = load(q, n + decode_warps(kHeadDim), keys, lane);
-      }
-      fold(source, n, lane);
-    }
-    __syncthreads();
-  }
-
-  // What a lane folds: its channels of a head and of a scale set.
-  struct Source {
-    FoldKeys keys;
-    float x[kLaneChannels];
-    uint32_t s[kPairs], m[kPairs];
-    uint32_t order[kOrderWords];  // a byte each
-  };
-  // `n`: the fold's number times the group, plus the head.
-  template <typename Keys>
-  __device__ __forceinline__ Source load(const float* q, int n, Keys keys, int lane) const {
-    const int fold = n / group_, at = lane * kLaneChannels;
+  // `n`, here and below: the fold's number times the group, plus the head.
+  __device__ __forceinline__ int fold_of(int n) const { return n * group_inverse_ >> 16; }
+  __device__ __forceinline__ Source load(const FoldJob& job, int n, int lane) const {
+    const int fold = fold_of(n), at = lane * kLaneChannels;
+    const uint32_t named = __ldg(reinterpret_cast<const uint32_t*>(job.item->folds) + fold);
     Source source;
-    source.keys = keys(fold);
+    source.keys = {job.first_set + static_cast<int>(named & 0xffff), item_class(named >> 16)};
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair) {
       source.s[pair] = 0x3c003c00u;  // fp16 rows
       source.m[pair] = 0;
-      const float2 two =
-          __ldg(reinterpret_cast<const float2*>(q + (n - fold * group_) * kHeadDim + at) + pair);
+      const float2 two = __ldg(
+          reinterpret_cast<const float2*>(job.q + (n - fold * group_) * kHeadDim + at) + pair);
       source.x[pair * 2] = two.x, source.x[pair * 2 + 1] = two.y;
     }
-    if (source.keys.set >= 0) {
+    if (!source.keys.is_tail()) {
       const int64_t first = static_cast<int64_t>(source.keys.set) * kHeadDim + at;
       load_pairs(params_.key_sets + first * 2 - at, source.s);
       load_pairs(params_.key_sets + first * 2 - at + kHeadDim, source.m);
@@ -157,7 +148,7 @@ class QueryOperand {
   }
   __device__ __forceinline__ void fold(const Source& source, int n, int lane) {
     const int at = lane * kLaneChannels, chunk = at / 32;
-    const int operand = n / group_, head = n - operand * group_;
+    const int operand = fold_of(n), head = n - operand * group_;
     const FoldKeys& keys = source.keys;
     const uint32_t(&s)[kPairs] = source.s;
     const uint32_t(&m)[kPairs] = source.m;
@@ -182,7 +173,7 @@ class QueryOperand {
     }
     uint8_t* const to = words_ + operand * kBytes + chunk * kChunkBytes;
     float norm, inverse;
-    if (keys.set == FoldKeys::kTail) {
+    if (keys.is_tail()) {
       const int field = norm_field(largest);
       norm = __int_as_float(field << 23), inverse = __int_as_float((254 - field) << 23);
       uint32_t rounded[kPairs];
@@ -287,7 +278,7 @@ class QueryOperand {
   static_assert(kChunkBytes == kWarpLanes * static_cast<int>(sizeof(Words)));
 
   const DecodeParams& params_;
-  const int group_;
+  const int group_, group_inverse_;
   uint8_t* words_;   // [operands]
   float2* scalars_;  // [operands][heads]: start and inverse
   float* row_;       // of this warp: a query head, in its own order

@@ -28,7 +28,7 @@ __device__ __forceinline__ uint32_t masked(uint32_t x, uint32_t mask) {
   }
 }
 
-// 1 / p of a key channel: `upper` as in key_position(). bits 16: plain fp16 rows.
+// 1 / p of a key channel: `upper` as in key_position(). Of the fp16 tail 1.
 __device__ __forceinline__ float key_inverse_place(int bits, int upper) {
   return upper != 0 && bits <= 3 ? 0.25f : 1.0f;
 }
