@@ -107,7 +107,8 @@ class TileRing {
     }
     known_ = min(next_ + kWarpLanes, n_tiles_);
   }
-  // Takes the next item of the group at hand, and those behind it until one has a tile for this warp.
+  // Takes the next item of the group at hand, and those behind it until one has a tile for this
+  // warp.
   __device__ __forceinline__ void open_items(const DecodeParams& params, int lane) {
 #pragma unroll 1
     do {
@@ -147,7 +148,8 @@ class TileRing {
       prefetch_tail(params, group_[warp_], lane);
     }
   }
-  // What folding the query for the group's items will read: each warp asks for a set or two of each.
+  // What folding the query for the group's items will read: each warp asks for a set or two of
+  // each.
   __device__ __forceinline__ void prefetch_sets(const DecodeParams& params, int lane) const {
     constexpr int kLineBytes = 128, kItemLanes = kWarpLanes / kItemGroup;
     const WorkItem& item = group_[lane / kItemLanes];
