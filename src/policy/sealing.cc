@@ -24,7 +24,7 @@ std::uint16_t wide_channels(std::uint32_t head_dim, std::uint32_t share_bp) {
 }
 
 // `vector`: elements of a channel of K, or of a token of V.
-format::TensorFormat tensor_format(const Policy& policy, const TensorPolicy& tensor,
+format::TensorFormat tensor_format(const TensorPolicy& tensor, std::uint32_t min_ranked_tokens,
                                    std::uint32_t n_tokens, std::uint32_t vector) {
   format::TensorFormat format;
   format.granularity = tensor.granularity;
@@ -40,7 +40,7 @@ format::TensorFormat tensor_format(const Policy& policy, const TensorPolicy& ten
   format.n_classes = tensor.n_classes;
   format.bits = tensor.bits;
   if (tensor.n_classes == 2) {
-    const bool too_few_to_rank = n_tokens < policy.min_ranked_tokens;
+    const bool too_few_to_rank = n_tokens < min_ranked_tokens;
     format.class0_tokens = too_few_to_rank ? n_tokens
                                            : saliency::salient_tokens(n_tokens, tensor.salient_bp,
                                                                       tensor.class_multiple);
@@ -65,16 +65,21 @@ constexpr std::array<Shares, 7> kSpending{{
 constexpr std::uint32_t kStageSteps = 128;  // per line of the table
 constexpr std::uint32_t kSpendingSteps = kStageSteps * (kSpending.size() - 1);
 
-void spend(Policy& policy, std::uint32_t step) {
+// A policy's two tensors.
+struct Tensors {
+  TensorPolicy key, value;
+};
+
+void spend(Tensors& tensors, std::uint32_t step) {
   const std::size_t stage = std::min<std::size_t>(step / kStageSteps, kSpending.size() - 2);
   const std::uint32_t within = step - static_cast<std::uint32_t>(stage) * kStageSteps;
   const Shares &from = kSpending[stage], &to = kSpending[stage + 1];
   const auto between = [within](std::uint32_t a, std::uint32_t b) {
     return a + (b - a) * within / kStageSteps;
   };
-  policy.key.wide_bp = between(from.key_wide_bp, to.key_wide_bp);
-  policy.key.salient_bp = between(from.key_salient_bp, to.key_salient_bp);
-  policy.value.salient_bp = between(from.value_salient_bp, to.value_salient_bp);
+  tensors.key.wide_bp = between(from.key_wide_bp, to.key_wide_bp);
+  tensors.key.salient_bp = between(from.key_salient_bp, to.key_salient_bp);
+  tensors.value.salient_bp = between(from.value_salient_bp, to.value_salient_bp);
 }
 
 std::uint32_t centibits(const format::BlockShape& shape) {
@@ -82,6 +87,31 @@ std::uint32_t centibits(const format::BlockShape& shape) {
       std::uint64_t{shape.n_tokens} * shape.n_kv_heads * (shape.key_dim + shape.value_dim);
   const std::uint64_t bits = format::BlockLayout(shape).total_bytes() * 8;
   return static_cast<std::uint32_t>((bits * 100 + elements - 1) / elements);
+}
+
+// `shape` has tokens, heads and dims; its formats become those of `tensors`, within a budget of
+// `kv_centibits` if that is not 0.
+void set_formats(format::BlockShape& shape, Tensors tensors, std::uint32_t min_ranked_tokens,
+                 std::uint32_t kv_centibits) {
+  const auto set = [&] {
+    shape.key = tensor_format(tensors.key, min_ranked_tokens, shape.n_tokens, shape.n_tokens);
+    shape.key.wide_channels = wide_channels(shape.key_dim, tensors.key.wide_bp);
+    shape.key.wide_bits = tensors.key.wide_bits;
+    shape.value = tensor_format(tensors.value, min_ranked_tokens, shape.n_tokens, shape.value_dim);
+  };
+  if (kv_centibits == 0) {
+    set();
+    return;
+  }
+  std::uint32_t step = 0, too_much = kSpendingSteps + 1;
+  while (step + 1 < too_much) {
+    const std::uint32_t middle = (step + too_much) / 2;
+    spend(tensors, middle);
+    set();
+    (centibits(shape) <= kv_centibits ? step : too_much) = middle;
+  }
+  spend(tensors, step);
+  set();
 }
 
 // n tokens in blocks that differ by one multiple at most, larger ones first; the last one lacks
@@ -148,30 +178,13 @@ format::BlockShape block_shape(const Policy& policy, std::uint32_t n_tokens,
                                std::uint32_t n_kv_heads, std::uint32_t key_dim,
                                std::uint32_t value_dim, bool hold_values) {
   ZC_CHECK(policy.seals());
-  format::BlockShape shape;
-  shape.n_tokens = n_tokens;
-  shape.n_kv_heads = n_kv_heads;
-  shape.key_dim = key_dim;
-  shape.value_dim = value_dim;
-  const auto set_formats = [&](const Policy& with) {
-    shape.key = tensor_format(with, with.key, n_tokens, n_tokens);
-    shape.key.wide_channels = wide_channels(key_dim, with.key.wide_bp);
-    shape.key.wide_bits = with.key.wide_bits;
-    shape.value = tensor_format(with, with.value, n_tokens, value_dim);
-  };
-  set_formats(policy);
-  if (policy.kv_centibits > 0) {
-    Policy spending = policy;
-    std::uint32_t step = 0, too_much = kSpendingSteps + 1;
-    while (step + 1 < too_much) {
-      const std::uint32_t middle = (step + too_much) / 2;
-      spend(spending, middle);
-      set_formats(spending);
-      (centibits(shape) <= policy.kv_centibits ? step : too_much) = middle;
-    }
-    spend(spending, step);
-    set_formats(spending);
-  }
+  format::BlockShape shape{.n_tokens = n_tokens,
+                           .n_kv_heads = n_kv_heads,
+                           .key_dim = key_dim,
+                           .value_dim = value_dim,
+                           .key = {},
+                           .value = {}};
+  set_formats(shape, {policy.key, policy.value}, policy.min_ranked_tokens, policy.kv_centibits);
   if (hold_values) {
     shape.value = {.granularity = format::Granularity::kTokenwise,
                    .bits = {format::kExactBits, format::kExactBits}};
@@ -182,9 +195,14 @@ format::BlockShape block_shape(const Policy& policy, std::uint32_t n_tokens,
 std::uint32_t least_centibits(const Policy& policy, std::uint32_t n_tokens,
                               std::uint32_t n_kv_heads, std::uint32_t key_dim,
                               std::uint32_t value_dim) {
-  Policy least = policy;
-  least.kv_centibits = 1;
-  return centibits(block_shape(least, n_tokens, n_kv_heads, key_dim, value_dim));
+  format::BlockShape shape{.n_tokens = n_tokens,
+                           .n_kv_heads = n_kv_heads,
+                           .key_dim = key_dim,
+                           .value_dim = value_dim,
+                           .key = {},
+                           .value = {}};
+  set_formats(shape, {policy.key, policy.value}, policy.min_ranked_tokens, 1);
+  return centibits(shape);
 }
 
 std::optional<format::BlockShape> added_shape(const Policy& policy, const format::BlockShape& block,
@@ -195,10 +213,11 @@ std::optional<format::BlockShape> added_shape(const Policy& policy, const format
   // Shares are taken to the token, or of a few that join all or none would be salient. In a small
   // block padding would cost more than that is worth (272 tokens: 3.57 bits instead of 3.43).
   constexpr std::uint32_t kSmall = 512, kLanes = 16;
-  Policy exact = policy;
+  Tensors exact{policy.key, policy.value};
   exact.key.class_multiple = exact.value.class_multiple = block.n_tokens < kSmall ? kLanes : 1;
-  const format::BlockShape whole = block_shape(exact, block.n_tokens + n_tokens, block.n_kv_heads,
-                                               block.key_dim, block.value_dim);
+  format::BlockShape whole = block;
+  whole.n_tokens += n_tokens;
+  set_formats(whole, exact, policy.min_ranked_tokens, policy.kv_centibits);
   format::BlockShape added = block;
   added.n_tokens = n_tokens;
   const auto salient = [&](const format::TensorFormat& old, const format::TensorFormat& all) {
