@@ -53,9 +53,12 @@ headers() {
   fi
 }
 
+# What changed since the last commit that passed here, or by the last commit.
 tidy() {
-  local tool base=HEAD~1 files
+  local tool base files passed=build/check-tidy-passed
   tool=$(need clang-tidy-14 clang-tidy)
+  base=$(cat "$passed" 2>/dev/null || true)
+  git merge-base --is-ancestor "${base:-none}" HEAD 2>/dev/null || base=HEAD~1
   # The first commit has no parent: compare with git's empty tree.
   git rev-parse -q --verify "$base" >/dev/null || base=$(git hash-object -t tree /dev/null)
   mapfile -t files < <({
@@ -69,6 +72,7 @@ tidy() {
   if ((${#files[@]} > 0)); then
     printf '%s\0' "${files[@]}" | nice xargs -0 -n 1 -P "$jobs" "$tool" -p build/dev --quiet
   fi
+  git rev-parse HEAD >"$passed"
 }
 
 fuzz() {

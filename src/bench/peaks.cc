@@ -145,8 +145,8 @@ double fastest(std::uint32_t n_threads, const std::function<void(std::uint32_t i
 }
 
 const AlignedVector<std::uint64_t>& stream_memory() {
-  static const AlignedVector<std::uint64_t> memory(kStreamBytes / sizeof(std::uint64_t), 1);
-  return memory;
+  static const AlignedVector<std::uint64_t> kMemory(kStreamBytes / sizeof(std::uint64_t), 1);
+  return kMemory;
 }
 
 volatile std::uint64_t sink;  // keeps reads from being optimized away

@@ -109,7 +109,7 @@ Expected<PolicyRows> make_rows(const std::string& name, const std::vector<LayerG
     if (!row) {
       return row.error();
     }
-    rows.rows.push_back(std::move(*row));
+    rows.rows.push_back(*row);
   }
   return rows;
 }

@@ -47,6 +47,7 @@ void ReferenceRows::store(std::size_t row, const float* logits) {
   const float inverse = step > 0 ? 1 / step : 0;
   for (std::size_t token = 0; token < n_vocab_; ++token) {
     const float n_steps = logits[token] > min ? inverse * (logits[token] - min) : 0;
+    // NOLINTNEXTLINE(bugprone-incorrect-roundings): never negative, and lround is a call
     out[token] = static_cast<std::uint16_t>(static_cast<int>(n_steps + 0.5f));
   }
 }

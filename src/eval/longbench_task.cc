@@ -40,7 +40,7 @@ double code(std::string_view prediction, std::string_view truth, const Texts&) {
 
 // The Chinese datasets are missing: their measures count words, which takes a dictionary.
 const std::map<std::string, Dataset>& datasets() {
-  static const std::map<std::string, Dataset> all = {
+  static const std::map<std::string, Dataset> kAll = {
       {"narrativeqa", {f1}},
       {"qasper", {f1}},
       {"multifieldqa_en", {f1}},
@@ -58,7 +58,7 @@ const std::map<std::string, Dataset>& datasets() {
       {"lcc", {code, false}},
       {"repobench-p", {code, false}},
   };
-  return all;
+  return kAll;
 }
 
 Expected<nlohmann::json> read_config(const std::string& folder, const std::string& name) {

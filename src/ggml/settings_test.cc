@@ -107,7 +107,7 @@ class CalibrationFile : public testing::Test {
 
   std::string error_of(const std::string& policy) const {
     const auto settings = make_settings({{"policy", policy}, {"calibration", path_}});
-    const std::string error = settings ? "no error" : settings.error().message;
+    std::string error = settings ? "no error" : settings.error().message;
     EXPECT_EQ(error.find('\n'), std::string::npos) << error;
     return error;
   }

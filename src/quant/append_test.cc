@@ -229,8 +229,8 @@ TEST(AppendTokens, NothingNotFiniteComesIn) {
   more.value.class0_tokens = 8;
   const Encoded block(case_of(shape, 1, 1.0f));
   CodecCase added = case_of(more, 2, 1.0f);
-  constexpr float kInfinity = std::numeric_limits<float>::infinity();
-  constexpr float kBad[] = {std::nanf(""), kInfinity, -kInfinity, 1e38f};
+  using Limits = std::numeric_limits<float>;
+  constexpr float kBad[] = {Limits::quiet_NaN(), Limits::infinity(), -Limits::infinity(), 1e38f};
   for (std::size_t i = 0; i < added.keys.size(); i += 37) {
     added.keys[i] = kBad[i % 4];
     added.values[i] = kBad[(i + 1) % 4];

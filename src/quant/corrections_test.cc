@@ -27,7 +27,7 @@ std::vector<double> product(const LowRank& factors, std::size_t rows, std::size_
 TEST(LowRank, IsThePowerIterationOfTheReference) {
   for (const auto& [rows, columns, rank] :
        {std::tuple{1, 16, 1}, {3, 16, 2}, {64, 32, 4}, {200, 64, 4}, {33, 16, 7}}) {
-    const auto x = lifelike_values(static_cast<std::size_t>(rows * columns), columns, 5);
+    const auto x = lifelike_values(static_cast<std::size_t>(rows) * columns, columns, 5);
     const auto start = low_rank_start(columns, rank);
     const auto expected =
         ref::power_iteration(std::vector<double>(x.begin(), x.end()), rows, columns,
