@@ -89,29 +89,37 @@ std::uint32_t centibits(const format::BlockShape& shape) {
   return static_cast<std::uint32_t>((bits * 100 + elements - 1) / elements);
 }
 
-// `shape` has tokens, heads and dims; its formats become those of `tensors`, within a budget of
-// `kv_centibits` if that is not 0.
-void set_formats(format::BlockShape& shape, Tensors tensors, std::uint32_t min_ranked_tokens,
-                 std::uint32_t kv_centibits) {
-  const auto set = [&] {
+// What a shape is without its formats.
+struct Extent {
+  std::uint32_t n_tokens, n_kv_heads, key_dim, value_dim;
+};
+
+// In the formats of `tensors`, within a budget of `kv_centibits` if that is not 0.
+format::BlockShape shape_of(const Extent& extent, Tensors tensors, std::uint32_t min_ranked_tokens,
+                            std::uint32_t kv_centibits) {
+  format::BlockShape shape;
+  shape.n_tokens = extent.n_tokens;
+  shape.n_kv_heads = extent.n_kv_heads;
+  shape.key_dim = extent.key_dim;
+  shape.value_dim = extent.value_dim;
+  const auto set_formats = [&] {
     shape.key = tensor_format(tensors.key, min_ranked_tokens, shape.n_tokens, shape.n_tokens);
     shape.key.wide_channels = wide_channels(shape.key_dim, tensors.key.wide_bp);
     shape.key.wide_bits = tensors.key.wide_bits;
     shape.value = tensor_format(tensors.value, min_ranked_tokens, shape.n_tokens, shape.value_dim);
   };
-  if (kv_centibits == 0) {
-    set();
-    return;
+  if (kv_centibits > 0) {
+    std::uint32_t step = 0, too_much = kSpendingSteps + 1;
+    while (step + 1 < too_much) {
+      const std::uint32_t middle = (step + too_much) / 2;
+      spend(tensors, middle);
+      set_formats();
+      (centibits(shape) <= kv_centibits ? step : too_much) = middle;
+    }
+    spend(tensors, step);
   }
-  std::uint32_t step = 0, too_much = kSpendingSteps + 1;
-  while (step + 1 < too_much) {
-    const std::uint32_t middle = (step + too_much) / 2;
-    spend(tensors, middle);
-    set();
-    (centibits(shape) <= kv_centibits ? step : too_much) = middle;
-  }
-  spend(tensors, step);
-  set();
+  set_formats();
+  return shape;
 }
 
 // n tokens in blocks that differ by one multiple at most, larger ones first; the last one lacks
@@ -178,13 +186,9 @@ format::BlockShape block_shape(const Policy& policy, std::uint32_t n_tokens,
                                std::uint32_t n_kv_heads, std::uint32_t key_dim,
                                std::uint32_t value_dim, bool hold_values) {
   ZC_CHECK(policy.seals());
-  format::BlockShape shape{.n_tokens = n_tokens,
-                           .n_kv_heads = n_kv_heads,
-                           .key_dim = key_dim,
-                           .value_dim = value_dim,
-                           .key = {},
-                           .value = {}};
-  set_formats(shape, {policy.key, policy.value}, policy.min_ranked_tokens, policy.kv_centibits);
+  format::BlockShape shape =
+      shape_of({n_tokens, n_kv_heads, key_dim, value_dim}, {policy.key, policy.value},
+               policy.min_ranked_tokens, policy.kv_centibits);
   if (hold_values) {
     shape.value = {.granularity = format::Granularity::kTokenwise,
                    .bits = {format::kExactBits, format::kExactBits}};
@@ -195,14 +199,8 @@ format::BlockShape block_shape(const Policy& policy, std::uint32_t n_tokens,
 std::uint32_t least_centibits(const Policy& policy, std::uint32_t n_tokens,
                               std::uint32_t n_kv_heads, std::uint32_t key_dim,
                               std::uint32_t value_dim) {
-  format::BlockShape shape{.n_tokens = n_tokens,
-                           .n_kv_heads = n_kv_heads,
-                           .key_dim = key_dim,
-                           .value_dim = value_dim,
-                           .key = {},
-                           .value = {}};
-  set_formats(shape, {policy.key, policy.value}, policy.min_ranked_tokens, 1);
-  return centibits(shape);
+  return centibits(shape_of({n_tokens, n_kv_heads, key_dim, value_dim}, {policy.key, policy.value},
+                            policy.min_ranked_tokens, 1));
 }
 
 std::optional<format::BlockShape> added_shape(const Policy& policy, const format::BlockShape& block,
@@ -215,9 +213,9 @@ std::optional<format::BlockShape> added_shape(const Policy& policy, const format
   constexpr std::uint32_t kSmall = 512, kLanes = 16;
   Tensors exact{policy.key, policy.value};
   exact.key.class_multiple = exact.value.class_multiple = block.n_tokens < kSmall ? kLanes : 1;
-  format::BlockShape whole = block;
-  whole.n_tokens += n_tokens;
-  set_formats(whole, exact, policy.min_ranked_tokens, policy.kv_centibits);
+  const format::BlockShape whole =
+      shape_of({block.n_tokens + n_tokens, block.n_kv_heads, block.key_dim, block.value_dim}, exact,
+               policy.min_ranked_tokens, policy.kv_centibits);
   format::BlockShape added = block;
   added.n_tokens = n_tokens;
   const auto salient = [&](const format::TensorFormat& old, const format::TensorFormat& all) {
