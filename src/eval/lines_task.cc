@@ -85,7 +85,7 @@ class LinesTask final : public Task {
       const auto number = item.fields.find("expected_number");
       if (index == item.fields.end() || !index->is_array() || index->empty() ||
           !index->front().is_string() || number == item.fields.end() ||
-          !number->is_number_unsigned()) {
+          !number->is_number_unsigned() || number->get<std::uint64_t>() > UINT32_MAX) {
         return corrupt(item.id() + ": no random_idx and expected_number, as LongEval's lines have");
       }
       add(item.id(), item.text("prompt"), index->front(), number->get<std::uint32_t>());

@@ -98,9 +98,15 @@ class LongBenchTask final : public Task {
       return invalid_argument(item.id() + ": unknown LongBench dataset '" + name +
                               "'; known: " + known);
     }
-    const auto texts = [&](const char* key) {
+    if (!prompts[name].is_string() || !lengths[name].is_number_unsigned()) {
+      return corrupt("LongBench's config has no text and no length for '" + name + "'");
+    }
+    const auto texts = [&](const char* key) {  // none: missing, or no list of texts
       const auto found = item.fields.find(key);
-      return found != item.fields.end() && found->is_array() ? found->get<Texts>() : Texts();
+      const bool are_texts =
+          found != item.fields.end() && found->is_array() &&
+          std::all_of(found->begin(), found->end(), [](const auto& t) { return t.is_string(); });
+      return are_texts ? found->get<Texts>() : Texts();
     };
     const Texts answers = texts("answers");
     if (answers.empty()) {

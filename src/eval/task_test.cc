@@ -96,8 +96,12 @@ TEST_F(TaskTest, LinesOfLongEval) {
   EXPECT_TRUE(task->prompts()[0].is_chat);
   EXPECT_EQ(score(*task, 0, "In line 7 it is <2416>"), 1);
   EXPECT_EQ(score(*task, 0, "2416, no, 7"), 0);
-  write("lines.jsonl", R"({"prompt": "record"})");
-  EXPECT_NE(error_of(options).find("expected_number"), std::string::npos);
+  for (const char* bad :
+       {R"({"prompt": "record"})",
+        R"({"random_idx": ["torpid-kid"], "expected_number": 4294967296, "prompt": "record"})"}) {
+    write("lines.jsonl", bad);
+    EXPECT_NE(error_of(options).find("expected_number"), std::string::npos);
+  }
 }
 
 TEST_F(TaskTest, Gsm8k) {
@@ -176,6 +180,14 @@ TEST_F(TaskTest, LongBench) {
   EXPECT_NE(error_of({.name = "longbench", .files = {"other.jsonl"}}).find("'other'"),
             std::string::npos);
   EXPECT_NE(error_of({.name = "longbench", .files = {}}).find("--data"), std::string::npos);
+  const TaskOptions options{.name = "longbench", .files = {"hotpotqa.jsonl"}};
+  for (const char* bad : {R"([1, null])", R"(["he", 1])", R"("he")", "7", "[]"}) {
+    write("hotpotqa.jsonl",
+          R"({"input": "who?", "context": "He.", "answers": )" + std::string(bad) + "}");
+    EXPECT_NE(error_of(options).find("no answers"), std::string::npos) << bad;
+  }
+  write("longbench/config/dataset2maxlen.json", R"({"hotpotqa": -1.5})");
+  EXPECT_NE(error_of(options).find("no length for 'hotpotqa'"), std::string::npos);
 }
 
 TEST_F(TaskTest, AgreementComparesWithTheReference) {

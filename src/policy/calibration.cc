@@ -41,14 +41,15 @@ Error malformed(const std::string& what) {
   return corrupt("found " + what + "; make it anew: zipcache calibrate -m MODEL -o FILE");
 }
 
-// Throws nlohmann's exceptions for what is missing or of another type.
-std::uint32_t count_of(const Json& object, const char* name) {
+// Throws nlohmann's exceptions for what is missing or no whole number of this type.
+template <typename Count = std::uint32_t>
+Count count_of(const Json& object, const char* name) {
   const Json& number = object.at(name);
   if (!number.is_number_unsigned() ||
-      number.get<std::uint64_t>() > std::numeric_limits<std::uint32_t>::max()) {
+      number.get<std::uint64_t>() > std::numeric_limits<Count>::max()) {
     throw Json::type_error::create(302, std::string(name) + " is no count", &object);
   }
-  return number.get<std::uint32_t>();
+  return number.get<Count>();
 }
 
 Expected<LayerCalibration> parse_layer(const Json& json) {
@@ -102,7 +103,7 @@ Expected<Calibration> parse(const Json& json) {
   Calibration calibration{.model = json.at("model"),
                           .model_fingerprint = json.at("model_fingerprint"),
                           .text = json.at("text"),
-                          .n_tokens = json.at("n_tokens").get<std::uint64_t>(),
+                          .n_tokens = count_of<std::uint64_t>(json, "n_tokens"),
                           .layers = {}};
   for (const Json& layer : json.at("layers")) {
     Expected<LayerCalibration> parsed = parse_layer(layer);

@@ -114,6 +114,21 @@ TEST(CalibrationErrors, MissingParts) {
   }
 }
 
+TEST(CalibrationErrors, CountsThatAreNone) {
+  for (const Json& bad : {Json(1.5), Json(-1), Json(1e87), Json("7"), Json(nullptr)}) {
+    for (const char* name : {"layer", "n_kv_heads", "key_dim", "value_dim"}) {
+      EXPECT_NE(error_after([&](Json& j) { j["layers"][1][name] = bad; }).find(name),
+                std::string::npos)
+          << name << bad;
+    }
+    EXPECT_NE(error_after([&](Json& j) { j["n_tokens"] = bad; }).find("n_tokens"),
+              std::string::npos)
+        << bad;
+  }
+  EXPECT_NE(error_after([](Json& j) { j["layers"][1]["layer"] = 1ull << 32; }).find("layer"),
+            std::string::npos);
+}
+
 TEST(CalibrationErrors, Layers) {
   EXPECT_NE(error_after([](Json& j) { j["layers"] = Json::array(); }).find("found no layers"),
             std::string::npos);
