@@ -99,7 +99,7 @@ class LongBenchTask final : public Task {
                               "'; known: " + known);
     }
     if (!prompts[name].is_string() || !lengths[name].is_number_unsigned()) {
-      return corrupt("LongBench's config has no text and no length for '" + name + "'");
+      return corrupt("LongBench's config has no text or no length for '" + name + "'");
     }
     const auto texts = [&](const char* key) {  // none: missing, or no list of texts
       const auto found = item.fields.find(key);
