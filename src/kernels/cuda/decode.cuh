@@ -13,8 +13,8 @@
 namespace zipcache::cuda {
 
 struct ItemHead {
-  int n_pages, next, tile_bytes, row, n_tokens, value_offset, fold, n_folds, first_set;
-  uint32_t bits;
+  int n_pages, next, tile_bytes, row, n_tokens, value_offset, n_folds, first_set;
+  uint32_t bits, page_folds;
 };
 __device__ __forceinline__ ItemHead load_item(const DecodeParams& params, int index) {
   const uint4* item = reinterpret_cast<const uint4*>(params.items + index);
@@ -24,12 +24,12 @@ __device__ __forceinline__ ItemHead load_item(const DecodeParams& params, int in
   head.next = static_cast<int>(a.z);
   head.tile_bytes = static_cast<int>(a.w);
   head.row = static_cast<int>(b.x);
-  head.bits = b.z;
-  head.n_tokens = static_cast<int>(b.w);
-  head.value_offset = static_cast<int>(c.x);
-  head.fold = static_cast<int>(c.y);
-  head.n_folds = static_cast<int>(c.z);
-  head.first_set = static_cast<int>(c.w);
+  head.bits = b.y;
+  head.n_tokens = static_cast<int>(b.z);
+  head.value_offset = static_cast<int>(b.w);
+  head.page_folds = c.x;
+  head.n_folds = static_cast<int>(c.y);
+  head.first_set = static_cast<int>(c.z);
   return head;
 }
 
@@ -45,7 +45,7 @@ __device__ __forceinline__ void store_token(const DecodeParams& params, int grou
   const auto to_half = [](float x) { return static_cast<HalfBits>(ptx::pack_half2(x, 0)); };
   const float* k = store.k + sequence * store.k_stride + head * kHeadDim;
   const float* v = store.v + sequence * store.v_stride + head * kHeadDim;
-  const int64_t to = (static_cast<int64_t>(row) * kTailTokens + at) * kHeadDim;
+  const int64_t to = tail_offset(row, kHeadDim) + at * kHeadDim;
 #pragma unroll 1
   for (int n = threadIdx.x; n < kHeadDim; n += decode_threads(kHeadDim)) {
     params.tail_k[to + n] = to_half(__ldg(k + n));
@@ -119,15 +119,14 @@ __global__ void __launch_bounds__(decode_threads(kHeadDim), kDecodeBlocksPerSm)
     if ((item.bits & kItemFolds) != 0) {
       query.end_folds(folds_of_item(), query.begin_folds(folds_of_item(), warp, lane), warp, lane);
     }
-    if (item.n_pages > 0) {
-      query.take(item.fold, lane);
-      if (cls.value_bits != value_bits) {
-        state.change_width(value_bits, cls.value_bits, lane);
-        value_bits = cls.value_bits;
-      }
-    }
     const int n_tiles = item.n_pages * kTilesPerPage;
-    for (int tile = first_tile_of_warp(kHeadDim, item.bits, warp); tile < n_tiles; tile += kWarps) {
+    int tile = first_tile_of_warp(kHeadDim, item.bits, warp);
+    query.take(warp_fold(item.page_folds, tile), lane);
+    if (tile < n_tiles && cls.value_bits != value_bits) {
+      state.change_width(value_bits, cls.value_bits, lane);
+      value_bits = cls.value_bits;
+    }
+    for (; tile < n_tiles; tile += kWarps) {
       const int tokens = min(item.n_tokens - tile * kTileTokens, kTileTokens);
       const uint8_t* bytes = ring.wait();
       if (tokens > 0) {
@@ -142,7 +141,7 @@ __global__ void __launch_bounds__(decode_threads(kHeadDim), kDecodeBlocksPerSm)
       if ((item.bits & kItemWithTail) != 0 && params.tail_k != nullptr) {
         const int sequence = __ldg(&params.items[index].sequence);
         const int tokens = __ldg(params.tail_tokens + sequence);
-        const int64_t base = static_cast<int64_t>(item.row) * kTailTokens * kHeadDim;
+        const int64_t base = tail_offset(item.row, kHeadDim);
         if (params.store.k != nullptr) {
           store_token<kHeadDim>(params, group, sequence, item.row, tokens - 1);
           __syncthreads();

@@ -176,6 +176,34 @@ TEST_F(DecodeTest, SegmentsWithScaleSetsOfTheirOwn) {
   check(c);
 }
 
+// Runs of a set shorter than a tile for each warp: pages of several sets share an item, with a page
+// or two of a set, and a block of threads folds more sets than fit at a time.
+TEST_F(DecodeTest, ItemsOfSeveralSets) {
+  for (const int head_dim : {64, 128, 256}) {
+    for (const int group : {1, 4, 8}) {
+      for (const std::vector<int>& pages : {std::vector<int>{2, 2, 4}, {1, 3, 5}}) {
+        SCOPED_TRACE(::testing::Message() << "head_dim " << head_dim << ", group " << group << ", "
+                                          << pages[0] << " pages of the first class");
+        DecodeCase c;
+        c.head_dim = head_dim;
+        c.n_kv_heads = 1;
+        c.group = group;
+        c.n_segments = 4;
+        c.classes = default_classes(head_dim);
+        c.class_tokens.emplace_back();
+        for (const int n : pages) {
+          c.class_tokens[0].push_back(n * kPageTokens * c.n_segments);
+        }
+        c.tail = {7};
+        for (const int resident_blocks : {1, 2}) {
+          c.resident_blocks = resident_blocks;
+          check(c);
+        }
+      }
+    }
+  }
+}
+
 // How the work is cut must not matter beyond rounding; one block with everything is the longest
 // sum.
 TEST_F(DecodeTest, LongRowsInFewBlocks) {

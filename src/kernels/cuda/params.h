@@ -10,44 +10,48 @@ namespace zipcache::cuda {
 
 using HalfBits = std::uint16_t;  // fp16, kept as its bits
 
-// A run of pages of one row (sequence, KV head), class and scale set, all but the last page full:
-// what a block of threads streams at a time. Made by plan_decode(). Items of a block stand together
-// in groups, so that a warp loads a group at once, 16 bytes per lane; places that are left over
-// have no pages.
+// Pages of one row (sequence, KV head) and class, all but the last full: what a block of threads
+// streams at a time. A run of one scale set, or up to kItemPages pages of several, such that a
+// warp's tiles are of one. Made by plan_decode(). Items of a block stand together in groups, so
+// that a warp loads a group at once, 16 bytes per lane; places that are left over have no pages.
 inline constexpr int kItemPages = 8;
 inline constexpr int kItemGroup = 4;
-inline constexpr int kMaxFolds = 8;
+inline constexpr int kMaxFolds = 9;
 struct alignas(128) WorkItem {
-  std::int32_t first_page = 0;  // index into DecodeParams::pages
+  std::int32_t first_page = 0;  // index into DecodeParams::pages; of a run
   std::int32_t n_pages = 0;
   std::int32_t next = -1;       // the block's next item, -1 = none
   std::int32_t tile_bytes = 0;  // of its class
 
   std::int32_t row = 0;
-  std::int32_t set = 0;    // scale set: index into DecodeParams::key_sets
   std::uint32_t bits = 0;  // item_class_bits(), kItem... flags
   std::int32_t n_tokens = 0;
-
   std::int32_t value_offset = 0;  // of its tiles
-  std::int32_t fold = 0;          // which of the last folded ones its set is
-  std::int32_t n_folds = 0;       // with kItemFolds: fold these first
-  std::int32_t first_set = 0;     // what `folds` count sets from
 
-  std::int32_t partial = 0;        // the block's slot of the row's
+  std::uint32_t page_folds = 0;  // warp_fold()
+  std::int32_t n_folds = 0;      // with kItemFolds: fold these first
+  std::int32_t first_set = 0;    // what `folds` count sets from
+  std::int32_t partial = 0;      // the block's slot of the row's
+
   std::int32_t first_partial = 0;  // slots: [first_partial, first_partial + n_partials)
   std::int32_t n_partials = 0;     // 1: the block has the whole row and writes the result itself
   std::int32_t sequence = 0;       // of the row
 
-  // The first pages again: they come with the item, in one trip to memory less.
+  // Where the first pages are: they come with the item, in one trip to memory less.
   struct Page {
     std::uint32_t unit = 0;
   } pages[kItemPages];
-  // What the query is folded for, for this item and those behind it.
+  // What the query is folded for, for this item and those behind it: sets, and the tail.
   struct Fold {
     std::uint16_t set = 0;   // from first_set on
     std::uint16_t bits = 0;  // item_class_bits(), of kTailClass for the fp16 tail
   } folds[kMaxFolds];
 };
+// Which of the last folded ones is for the tiles of an item that a warp takes from `first_tile` on:
+// four bits for every kTilesPerPage warps.
+ZC_HOST_DEVICE constexpr int warp_fold(std::uint32_t page_folds, int first_tile) {
+  return static_cast<int>(page_folds >> first_tile / kTilesPerPage * 4 & 15);
+}
 ZC_HOST_DEVICE constexpr std::uint32_t item_class_bits(PageClass cls) {
   return static_cast<std::uint32_t>(cls.key_bits | cls.value_bits << 4 | cls.wide_chunks << 8 |
                                     cls.wide_bits << 12);
@@ -60,10 +64,15 @@ inline constexpr std::uint32_t kItemEndsPart = 1u << 16;  // the block's last of
 inline constexpr std::uint32_t kItemWithTail = 2u << 16;  // the row's fp16 tail follows
 inline constexpr std::uint32_t kItemFolds = 4u << 16;     // the query is folded anew
 inline constexpr int kItemTailFoldShift = 20;             // which of the last folded is the tail's
-inline constexpr std::uint32_t kItemTailFoldMask = kMaxFolds - 1;
+inline constexpr std::uint32_t kItemTailFoldMask = 15;
 inline constexpr int kItemTurnShift = 24;      // the warp that takes its first tile
 inline constexpr PageClass kTailClass{15, 0};  // of no page
 static_assert(sizeof(WorkItem) * kItemGroup == kWarpLanes * 16);
+
+// Where a row's tail begins in DecodeParams::tail_k and tail_v.
+ZC_HOST_DEVICE constexpr std::int64_t tail_offset(int row, int head_dim) {
+  return std::int64_t{row} * kTailTokens * head_dim;
+}
 
 // What a decode step stores on its way, of the token whose query attends: its key and value as the
 // last of its sequence's tail; with a ring, the query as a probe of the next sealing, and the lse

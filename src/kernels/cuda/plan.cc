@@ -5,10 +5,12 @@
 #include <iterator>
 #include <numeric>
 #include <optional>
+#include <span>
 #include <utility>
 
 #include "base/check.h"
 #include "kernels/cuda/decode_config.h"
+#include "kernels/cuda/plan_items.h"
 
 namespace zipcache::cuda {
 namespace {
@@ -221,55 +223,19 @@ class Planner {
     std::reverse(blocks.begin() + (blocks.size() + 1) / 2, blocks.end());
   }
 
-  // A piece as items of one class and set each, all pages but the last full.
-  std::vector<WorkItem> items_of(const Piece& piece) const {
-    std::vector<WorkItem> items;
-    int page = piece.begin;
-    do {
-      WorkItem item;
-      item.row = piece.row;
-      item.sequence = piece.row / input_.n_kv_heads;
-      item.first_page = page;
-      if (page < piece.end) {
-        const PageEntry first = input_.pages[page];
-        item.set = input_.set_base[piece.row] + first.set;
-        item.bits = item_class_bits(class_of(page));
-        item.tile_bytes = tile_bytes(input_.head_dim, class_of(page));
-        item.value_offset = tile_value_offset(input_.head_dim, class_of(page));
-        bool full = true;
-        while (page < piece.end && full && input_.pages[page].set == first.set &&
-               input_.pages[page].cls == first.cls) {
-          const PageEntry entry = input_.pages[page++];
-          if (item.n_pages < kItemPages) {
-            item.pages[item.n_pages].unit = entry.unit;
-          }
-          ++item.n_pages;
-          item.n_tokens += entry.tokens;
-          full = entry.tokens == kPageTokens;
-        }
-      }
-      items.push_back(item);
-    } while (page < piece.end);
-    return items;
-  }
-
-  // A block's part of a row: the pieces [begin, end) of the block. In the second half of the blocks
-  // the runs stand the other way round: of two blocks that share an SM, one waits for memory while
-  // the other, in narrower codes, waits for arithmetic.
-  std::vector<WorkItem> part_of(const Block& block, std::size_t begin, std::size_t end,
-                                bool reversed) const {
-    std::vector<WorkItem> items;
+  // A block's part of a row: pieces of the block. In the second half of the blocks the classes
+  // stand the other way round: of two blocks that share an SM, one waits for memory while the
+  // other, in narrower codes, waits for arithmetic.
+  std::vector<WorkItem> part_of(std::span<const Piece> part, bool reversed) const {
+    std::vector<int> pages;
     bool with_tail = false;
-    for (std::size_t n = begin; n < end; ++n) {
-      std::ranges::copy(items_of(block[n]), std::back_inserter(items));
-      with_tail |= has_tail(block[n]);
+    for (const Piece& piece : part) {
+      for (int page = piece.begin; page < piece.end; ++page) {
+        pages.push_back(page);
+      }
+      with_tail |= has_tail(piece);
     }
-    if (reversed) {
-      std::ranges::reverse(items);
-    }
-    items.back().bits |= kItemEndsPart | (with_tail ? kItemWithTail : 0);
-    name_folds(items, with_tail);
-    return items;
+    return items_of_part(input_, part.front().row, pages, with_tail, reversed);
   }
   bool has_tail(const Piece& piece) const {
     return piece.end == input_.row_begin[piece.row + 1] && input_.with_tail &&
@@ -306,7 +272,8 @@ class Planner {
       for (std::size_t n = 0; n < blocks[block].size();) {
         const int row = blocks[block][n].row;
         const std::size_t end = part_end(blocks[block], n);
-        for (WorkItem& item : part_of(blocks[block], n, end, block >= blocks.size() / 2)) {
+        const auto part = std::span(blocks[block]).subspan(n, end - n);
+        for (WorkItem& item : part_of(part, block >= blocks.size() / 2)) {
           item.partial = next_partial[row];
           item.first_partial = first_partial[row];
           item.n_partials = n_parts[row];
@@ -328,36 +295,6 @@ class Planner {
       }
     }
     return plan;
-  }
-
-  // What the query is folded for, as many sets at a time as there is room for, and with the last
-  // of them the tail.
-  void name_folds(std::vector<WorkItem>& part, bool with_tail) const {
-    const int most = max_folds(input_.group) - (with_tail ? 1 : 0);
-    WorkItem* first = nullptr;  // of those folded together
-    int set = -1;
-    for (WorkItem& item : part) {
-      const bool another = item.n_pages > 0 && item.set != set;
-      if (first == nullptr || (another && first->n_folds == most)) {
-        first = &item;
-        first->bits |= kItemFolds;
-        first->first_set = input_.set_base[item.row];
-        set = -1;
-      }
-      if (item.n_pages > 0) {
-        if (item.set != set) {
-          first->folds[first->n_folds++] = {
-              static_cast<std::uint16_t>(item.set - first->first_set),
-              static_cast<std::uint16_t>(item_class_bits(item_class(item.bits)))};
-          set = item.set;
-        }
-        item.fold = first->n_folds - 1;
-      }
-    }
-    if (with_tail) {
-      part.back().bits |= static_cast<std::uint32_t>(first->n_folds) << kItemTailFoldShift;
-      first->folds[first->n_folds++] = {0, static_cast<std::uint16_t>(item_class_bits(kTailClass))};
-    }
   }
 
   const PlanInput& input_;

@@ -1,8 +1,8 @@
 // How decode attention is cut among blocks of threads that all run at once: rows' pages weighted by
 // their cost, cut at page borders, either as equal pieces of the line of all rows or, where that
 // leaves no block more to do, with rows in equal pieces or whole (a part of a row costs a start and
-// a merge). A block's piece becomes items of one row, class and scale set each. Pure host code; a
-// plan holds until a page list changes (the length of the fp16 tails is read by the kernel).
+// a merge). A block's piece becomes items of one row and class each. Pure host code; a plan holds
+// until a page list changes (the length of the fp16 tails is read by the kernel).
 #pragma once
 
 #include <cstdint>

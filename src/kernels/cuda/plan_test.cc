@@ -5,28 +5,52 @@
 #include <algorithm>
 #include <numeric>
 #include <set>
+#include <utility>
 
 #include "kernels/cuda/decode_config.h"
 
 namespace zipcache::cuda {
 namespace {
 
-// Rows of so many pages each: the first part of class 0 (4 bits), the rest of class 1 (2 bits).
+// What a token block is made of, one class after the other.
+struct Mix {
+  std::vector<PageClass> classes;
+  std::vector<double> share;  // of the pages
+  std::vector<int> set;       // of the token block's
+  int n_sets;
+  int last_tokens;  // of a class's last page
+};
+const Mix kTwoSets{{{4, 4}, {2, 2}}, {0.6, 0.4}, {0, 1}, 2, 17};
+const Mix kUsual{{{4, 3}, {2, 3, 2, 4}, {2, 2, 2, 4}}, {0.25, 0.25, 0.5}, {0, 1, 1}, 2, 64};
+
+// Rows of so many pages each, in so many token blocks.
 struct Lists {
-  std::vector<PageClass> classes{{4, 4}, {2, 2}};
+  std::vector<PageClass> classes;
   std::vector<PageEntry> pages;
   std::vector<std::int32_t> row_begin{0}, set_base;
 
-  explicit Lists(const std::vector<int>& rows) {
+  explicit Lists(const std::vector<int>& rows, int n_token_blocks = 1, const Mix& mix = kTwoSets)
+      : classes(mix.classes) {
     for (const int n : rows) {
-      set_base.push_back(static_cast<std::int32_t>(2 * set_base.size()));
-      for (int page = 0; page < n; ++page) {
-        PageEntry entry;
-        entry.unit = static_cast<std::uint32_t>(1000 + pages.size());
-        entry.cls = entry.set = page < n * 6 / 10 ? 0 : 1;
-        const bool last_of_class = page + 1 == n || page + 1 == n * 6 / 10;
-        entry.tokens = last_of_class ? 17 : kPageTokens;
-        pages.push_back(entry);
+      set_base.push_back(static_cast<std::int32_t>(mix.n_sets * n_token_blocks * set_base.size()));
+      for (int block = 0; block < n_token_blocks; ++block) {
+        const int begin = n * block / n_token_blocks, end = n * (block + 1) / n_token_blocks;
+        double share = 0;
+        for (std::size_t cls = 0, page = begin; cls < classes.size(); ++cls) {
+          share += mix.share[cls];
+          const auto until = cls + 1 == classes.size()
+                                 ? static_cast<std::size_t>(end)
+                                 : begin + static_cast<std::size_t>((end - begin) * share);
+          for (; page < until; ++page) {
+            PageEntry entry;
+            entry.unit = static_cast<std::uint32_t>(1000 + pages.size());
+            entry.cls = static_cast<std::uint8_t>(cls);
+            entry.set = static_cast<std::uint16_t>(mix.n_sets * block + mix.set[cls]);
+            entry.tokens =
+                static_cast<std::uint8_t>(page + 1 == until ? mix.last_tokens : kPageTokens);
+            pages.push_back(entry);
+          }
+        }
       }
       row_begin.push_back(static_cast<std::int32_t>(pages.size()));
     }
@@ -44,14 +68,15 @@ struct Lists {
   }
 };
 
-// Every page exactly once, of one class and set per item, full up to the last; tails once per row,
-// consistent slots, a block has a row only once. What an item takes was folded before, for it; each
+// Every page exactly once, of one class per item, full up to the last; tails once per row,
+// consistent slots, a block has a row only once. What a page takes was folded before, for it; each
 // tile is the next warp's.
-void check(const Lists& lists, const DecodePlan& plan) {
+void check(const Lists& lists, const PlanInput& input, const DecodePlan& plan) {
   const int n_rows = static_cast<int>(lists.row_begin.size()) - 1;
   std::vector<int> seen(lists.pages.size()), tails(n_rows), parts(n_rows), announced(n_rows);
   std::set<int> slots;
   std::set<int> visited;
+  const int warps = decode_warps(input.head_dim);
   for (int block = 0; block < plan.n_blocks; ++block) {
     std::set<int> rows;
     bool inside = false;
@@ -62,18 +87,31 @@ void check(const Lists& lists, const DecodePlan& plan) {
       ASSERT_TRUE(visited.insert(at).second);
       ASSERT_TRUE(item.next < 0 || item.next % kItemGroup == 0 || item.next == at + 1);
       ASSERT_EQ(item.tile_bytes,
-                item.n_pages > 0 ? tile_bytes(lists.input(1).head_dim, item_class(item.bits)) : 0);
-      ASSERT_GE(item.first_page, lists.row_begin[item.row]);
-      ASSERT_LE(item.first_page + item.n_pages, lists.row_begin[item.row + 1]);
+                item.n_pages > 0 ? tile_bytes(input.head_dim, item_class(item.bits)) : 0);
+      folded = (item.bits & kItemFolds) != 0 ? &item : folded;
+      ASSERT_TRUE(folded != nullptr && folded->row == item.row);
+      ASSERT_LE(folded->n_folds, max_folds(input.group));
+      ASSERT_EQ(folded->first_set, lists.set_base[item.row]);
       int n_tokens = 0;
-      for (int page = 0; page < item.n_pages; ++page) {
-        const PageEntry& entry = lists.pages[item.first_page + page];
-        ASSERT_EQ(item.set, lists.set_base[item.row] + entry.set);
-        ASSERT_EQ(item.bits & 0xffff, item_class_bits(lists.classes[entry.cls]));
-        ASSERT_TRUE(page >= kItemPages || item.pages[page].unit == entry.unit);
-        ASSERT_TRUE(entry.tokens == kPageTokens || page + 1 == item.n_pages);
-        n_tokens += entry.tokens;
-        ++seen[item.first_page + page];
+      for (int n = 0; n < item.n_pages; ++n) {
+        const auto page = n < kItemPages
+                              ? std::ranges::find(lists.pages, item.pages[n].unit, &PageEntry::unit)
+                              : lists.pages.begin() + item.first_page + n;
+        ASSERT_LT(page, lists.pages.end());
+        const auto at_page = static_cast<int>(page - lists.pages.begin());
+        ASSERT_GE(at_page, lists.row_begin[item.row]);
+        ASSERT_LT(at_page, lists.row_begin[item.row + 1]);
+        ASSERT_EQ(item.bits & 0xffff, item_class_bits(lists.classes[page->cls]));
+        ASSERT_TRUE(page->tokens == kPageTokens || n + 1 == item.n_pages);
+        const int fold = warp_fold(item.page_folds, n * kTilesPerPage % warps);
+        ASSERT_LT(fold, folded->n_folds);
+        ASSERT_EQ(folded->folds[fold].set, page->set);
+        const PageClass cls = item_class(folded->folds[fold].bits), own = item_class(item.bits);
+        ASSERT_EQ(cls.key_bits, own.key_bits);
+        ASSERT_EQ(cls.wide_chunks, own.wide_chunks);
+        ASSERT_EQ(cls.wide_bits, own.wide_bits);
+        n_tokens += page->tokens;
+        ++seen[at_page];
       }
       ASSERT_EQ(item.n_tokens, n_tokens);
       ASSERT_TRUE(inside ? rows.contains(item.row) : rows.insert(item.row).second);
@@ -81,24 +119,14 @@ void check(const Lists& lists, const DecodePlan& plan) {
       tails[item.row] += (item.bits & kItemWithTail) != 0;
       announced[item.row] = item.n_partials;
       parts[item.row] += !inside;
-      folded = (item.bits & kItemFolds) != 0 ? &item : folded;
-      if (item.n_pages > 0) {
-        ASSERT_TRUE(folded != nullptr && folded->row == item.row);
-        ASSERT_LE(folded->n_folds, max_folds(lists.input(1).group));
-        ASSERT_LT(item.fold, folded->n_folds);
-        const WorkItem::Fold& fold = folded->folds[item.fold];
-        ASSERT_EQ(folded->first_set + fold.set, item.set);
-        ASSERT_EQ(fold.bits, item.bits & 0xffff);
-      }
       if ((item.bits & kItemWithTail) != 0) {
-        ASSERT_TRUE(folded != nullptr && folded->row == item.row);
         const int tail = item.bits >> kItemTailFoldShift & kItemTailFoldMask;
         ASSERT_EQ(tail, folded->n_folds - 1);
-        ASSERT_LT(tail, max_folds(lists.input(1).group));
+        ASSERT_LT(tail, max_folds(input.group));
         ASSERT_EQ(folded->folds[tail].bits, item_class_bits(kTailClass));
       }
-      for (int warp = 0; warp < decode_warps(128); ++warp) {
-        ASSERT_EQ(first_tile_of_warp(128, item.bits, (n_tiles + warp) % decode_warps(128)), warp);
+      for (int warp = 0; warp < warps; ++warp) {
+        ASSERT_EQ(first_tile_of_warp(input.head_dim, item.bits, (n_tiles + warp) % warps), warp);
       }
       n_tiles += item.n_pages * kTilesPerPage;
       ASSERT_EQ(item.sequence, item.row);
@@ -158,11 +186,62 @@ TEST(Plan, CoversEverythingOnce) {
       const Lists lists(rows);
       SCOPED_TRACE(resident_blocks);
       PlanInput input = lists.input(resident_blocks);
-      check(lists, plan_decode(input));
+      check(lists, input, plan_decode(input));
       input.min_block_bytes = input.part_bytes = 1 << 10;  // many blocks, also of small work
-      check(lists, plan_decode(input));
+      check(lists, input, plan_decode(input));
     }
   }
+}
+
+TEST(Plan, FoldsOfManySetsFit) {
+  for (const Mix& mix : {kTwoSets, kUsual}) {
+    for (const int group : {1, 4, 5, 8}) {
+      for (const int head_dim : {64, 128, 256}) {
+        const Lists lists({40, 8, 100, 0, 23}, 10, mix);
+        PlanInput input = lists.input(3);
+        input.group = group;
+        input.head_dim = head_dim;
+        const DecodePlan plan = plan_decode(input);
+        check(lists, input, plan);
+        const auto folds = std::ranges::count_if(
+            plan.items, [](const WorkItem& item) { return (item.bits & kItemFolds) != 0; });
+        EXPECT_GT(folds, plan.n_blocks);  // some block's sets are more than fit
+      }
+    }
+  }
+}
+
+// (class, pages) of a row's items.
+std::vector<std::pair<int, int>> items_of(const Lists& lists, const DecodePlan& plan) {
+  std::vector<std::pair<int, int>> items;
+  for (int at = 0; at >= 0; at = plan.items[at].next) {
+    const auto cls =
+        std::ranges::find(lists.classes, plan.items[at].bits & 0xffff, item_class_bits);
+    items.emplace_back(cls - lists.classes.begin(), plan.items[at].n_pages);
+  }
+  return items;
+}
+
+TEST(Plan, ShortRunsShareItemsOfTheirClass) {
+  using Items = std::vector<std::pair<int, int>>;
+  const auto items_of_row = [](int n_pages, int n_token_blocks, int head_dim) {
+    const Lists lists({n_pages}, n_token_blocks, kUsual);
+    PlanInput input = lists.input(1);
+    input.head_dim = head_dim;
+    const DecodePlan plan = plan_decode(input);
+    check(lists, input, plan);
+    return items_of(lists, plan);
+  };
+  // Token blocks of 2, 2 and 4 pages; the only block of threads begins with the last class.
+  EXPECT_EQ(items_of_row(32, 4, 128), (Items{{2, 8}, {2, 8}, {1, 8}, {0, 8}}));
+  EXPECT_EQ(items_of_row(32, 4, 256),
+            (Items{{2, 4}, {2, 4}, {2, 4}, {2, 4}, {1, 4}, {1, 4}, {0, 4}, {0, 4}}));
+  // Two of them: pairs come apart so that every warp has a page.
+  EXPECT_EQ(items_of_row(16, 2, 128), (Items{{2, 8}, {1, 4}, {0, 4}}));
+  // Three of 1, 1 and 3, of which each has a pair and a page without another.
+  EXPECT_EQ(items_of_row(15, 3, 128), (Items{{2, 7}, {2, 2}, {1, 3}, {0, 3}}));
+  // One block: runs.
+  EXPECT_EQ(items_of_row(64, 1, 128), (Items{{2, 32}, {1, 16}, {0, 16}}));
 }
 
 // Cost of every block, as the planner counts it.
@@ -210,7 +289,7 @@ TEST(Plan, TailsOfFewRowsStandApart) {
     const Lists lists(std::vector<int>(8, pages));
     const PlanInput input = lists.input(264);
     const DecodePlan plan = plan_decode(input);
-    check(lists, plan);
+    check(lists, input, plan);
     EXPECT_LE(plan.n_blocks, 264);
     int n_tails = 0;
     for (const WorkItem& item : plan.items) {

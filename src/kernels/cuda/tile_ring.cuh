@@ -155,7 +155,7 @@ class TileRing {
     const WorkItem& item = group_[lane / kItemLanes];
     const int at = lane % kItemLanes * kLineBytes;
 #pragma unroll
-    for (int turn = 0; turn < kMaxFolds / kWarps; ++turn) {
+    for (int turn = 0; turn < (kMaxFolds - 1) / kWarps; ++turn) {
       const int n = turn * kWarps + warp_;
       const WorkItem::Fold fold = item.folds[n];
       if (n < item.n_folds && fold.bits != item_class_bits(kTailClass)) {
@@ -178,7 +178,7 @@ class TileRing {
       return;
     }
     const int end = __ldcg(params.tail_tokens + item.sequence) * kHeadDim;
-    const int64_t base = static_cast<int64_t>(item.row) * kTailTokens * kHeadDim;
+    const int64_t base = tail_offset(item.row, kHeadDim);
 #pragma unroll 1
     for (int at = lane * kLineHalves; at < end; at += kWarpLanes * kLineHalves) {
       ptx::prefetch(params.tail_k + base + at);
