@@ -39,18 +39,10 @@ Status DeviceCache::plan_decode_launch(Stream stream) {
   for (const StreamStep& s : step_.streams) {
     for (std::uint32_t head = 0; head < shape.n_kv_heads; ++head) {
       // Block by block, so that each part of a row folds the query for its own few scale sets.
-      // Class by class, the block with a row's salient pages would fold it for all of them, two
-      // pages each, and end last. Every other block has its classes the other way round: where two
-      // meet, the width of values stays.
-      bool turned = false;
       for (const auto& block : s.visible) {
         const auto n_pages = static_cast<std::ptrdiff_t>(block->classes.n_pages());
         const auto first = block->pages.begin() + head * n_pages;
-        const auto at = pages.insert(pages.end(), first, first + n_pages);
-        if (std::exchange(turned, !turned)) {
-          std::stable_sort(at, pages.end(),
-                           [](const PageEntry& a, const PageEntry& b) { return a.cls > b.cls; });
-        }
+        pages.insert(pages.end(), first, first + n_pages);
       }
       row_begin.push_back(static_cast<std::int32_t>(pages.size()));
     }

@@ -27,6 +27,13 @@ class Planner {
  public:
   // `apart`: the tails have blocks of their own.
   Planner(const PlanInput& input, bool apart) : input_(input), apart_(apart) {
+    bytes_.push_back(0);
+    cost_.push_back(0);
+    for (const PageEntry& page : input.pages) {
+      const int bytes = page_bytes(input.head_dim, input.classes[page.cls]);
+      bytes_.push_back(bytes_.back() + bytes);
+      cost_.push_back(cost_.back() + bytes + std::int64_t{kTilesPerPage} * input.tile_bytes);
+    }
     for (int row = 0; row < n_rows(); ++row) {
       total_ += row_cost(row);
     }
@@ -58,11 +65,7 @@ class Planner {
 
  private:
   int n_rows() const { return static_cast<int>(input_.row_begin.size()) - 1; }
-  PageClass class_of(int page) const { return input_.classes[input_.pages[page].cls]; }
-  std::int64_t page_cost(int page) const {
-    const PageClass cls = class_of(page);
-    return page_bytes(input_.head_dim, cls) + std::int64_t{kTilesPerPage} * input_.tile_bytes;
-  }
+  std::int64_t page_cost(int page) const { return cost_[page + 1] - cost_[page]; }
   std::int64_t tail_cost() const {
     if (!input_.with_tail || apart_) {
       return 0;
@@ -70,10 +73,7 @@ class Planner {
     return input_.tail_bytes + std::int64_t{input_.tail_tokens} * input_.head_dim * 4;
   }
   std::int64_t piece_cost(const Piece& piece) const {
-    std::int64_t cost = input_.part_bytes;
-    for (int page = piece.begin; page < piece.end; ++page) {
-      cost += page_cost(page);
-    }
+    const std::int64_t cost = input_.part_bytes + cost_[piece.end] - cost_[piece.begin];
     return cost + (piece.end == input_.row_begin[piece.row + 1] ? tail_cost() : 0);
   }
   std::int64_t row_cost(int row) const {
@@ -150,10 +150,7 @@ class Planner {
   }
   // Adds to each block of a row its equal share of the pages [begin, end).
   void spread(int row, int begin, int end, std::vector<Block>& blocks) const {
-    double total = 0, position = 0;
-    for (int page = begin; page < end; ++page) {
-      total += static_cast<double>(page_cost(page));
-    }
+    double total = static_cast<double>(cost_[end] - cost_[begin]), position = 0;
     if (end == input_.row_begin[row + 1]) {
       total += static_cast<double>(tail_cost());
     }
@@ -212,9 +209,7 @@ class Planner {
     const auto bytes_per_page = [&](const Block& block) {
       std::int64_t bytes = 0, pages = 0;
       for (const Piece& piece : block) {
-        for (int page = piece.begin; page < piece.end; ++page) {
-          bytes += page_bytes(input_.head_dim, class_of(page));
-        }
+        bytes += bytes_[piece.end] - bytes_[piece.begin];
         pages += piece.end - piece.begin;
       }
       return pages > 0 ? static_cast<double>(bytes) / static_cast<double>(pages) : 0.0;
@@ -265,6 +260,7 @@ class Planner {
     }
     const std::vector<std::int32_t> first_partial = next_partial;
     plan.n_blocks = std::max(static_cast<int>(blocks.size()), input_.n_blocks);
+    plan.items.reserve(static_cast<std::size_t>(plan.n_blocks) * kItemGroup * 2);
     plan.items.resize(static_cast<std::size_t>(plan.n_blocks) * kItemGroup);
     for (std::size_t block = 0; block < blocks.size(); ++block) {
       std::size_t n_items = 0, at = block * kItemGroup;
@@ -299,6 +295,7 @@ class Planner {
 
   const PlanInput& input_;
   const bool apart_;
+  std::vector<std::int64_t> bytes_, cost_;  // [pages + 1]: of the pages before
   std::int64_t total_ = 0;
   int n_blocks_ = 1;
 };

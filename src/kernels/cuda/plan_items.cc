@@ -116,9 +116,9 @@ class Part {
   void add_class(const Group& group, int cls, std::vector<WorkItem>& items) const {
     std::vector<int> pairs, singles;  // their first pages
     for (const auto& [first, n_pages, full] : runs_of(group, cls)) {
-      std::vector<int> pages(n_pages);
-      std::iota(pages.begin(), pages.end(), first);
       if (n_pages >= kItemPages || !full) {
+        std::vector<int> pages(n_pages);
+        std::iota(pages.begin(), pages.end(), first);
         items.push_back(item_of(pages, group));
         continue;
       }
