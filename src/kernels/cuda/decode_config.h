@@ -50,7 +50,7 @@ ZC_HOST_DEVICE constexpr int query_operand_bytes(int head_dim, int lane_heads) {
   return head_dim / 32 * query_columns(lane_heads) * 16;
 }
 inline constexpr int kQueryScalarBytes = kMaxGroup * 8;  // of an operand
-// Scale sets that the query is folded for at a time.
+// What the query is folded for at a time: scale sets, and a tail.
 ZC_HOST_DEVICE constexpr int max_folds(int group) { return kMaxFolds / decode_lane_heads(group); }
 
 // Shared memory of a block:

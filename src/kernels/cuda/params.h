@@ -47,10 +47,13 @@ struct alignas(128) WorkItem {
     std::uint16_t bits = 0;  // item_class_bits(), of kTailClass for the fp16 tail
   } folds[kMaxFolds];
 };
+inline constexpr int kFoldBits = 4;  // that number one of the last folded
+inline constexpr std::uint32_t kFoldMask = (1u << kFoldBits) - 1;
+static_assert(kMaxFolds <= 1 << kFoldBits && kItemPages * kFoldBits <= 32);
 // Which of the last folded ones is for the tiles of an item that a warp takes from `first_tile` on:
-// four bits for every kTilesPerPage warps.
+// kFoldBits for every kTilesPerPage warps.
 ZC_HOST_DEVICE constexpr int warp_fold(std::uint32_t page_folds, int first_tile) {
-  return static_cast<int>(page_folds >> first_tile / kTilesPerPage * 4 & 15);
+  return static_cast<int>(page_folds >> first_tile / kTilesPerPage * kFoldBits & kFoldMask);
 }
 ZC_HOST_DEVICE constexpr std::uint32_t item_class_bits(PageClass cls) {
   return static_cast<std::uint32_t>(cls.key_bits | cls.value_bits << 4 | cls.wide_chunks << 8 |
@@ -64,9 +67,8 @@ inline constexpr std::uint32_t kItemEndsPart = 1u << 16;  // the block's last of
 inline constexpr std::uint32_t kItemWithTail = 2u << 16;  // the row's fp16 tail follows
 inline constexpr std::uint32_t kItemFolds = 4u << 16;     // the query is folded anew
 inline constexpr int kItemTailFoldShift = 20;             // which of the last folded is the tail's
-inline constexpr std::uint32_t kItemTailFoldMask = 15;
-inline constexpr int kItemTurnShift = 24;      // the warp that takes its first tile
-inline constexpr PageClass kTailClass{15, 0};  // of no page
+inline constexpr int kItemTurnShift = 24;                 // the warp that takes its first tile
+inline constexpr PageClass kTailClass{15, 0};             // of no page
 static_assert(sizeof(WorkItem) * kItemGroup == kWarpLanes * 16);
 
 // Where a row's tail begins in DecodeParams::tail_k and tail_v.

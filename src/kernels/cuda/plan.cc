@@ -1,9 +1,7 @@
 #include "kernels/cuda/plan.h"
 
 #include <algorithm>
-#include <cmath>
 #include <iterator>
-#include <numeric>
 #include <optional>
 #include <span>
 #include <utility>
@@ -28,11 +26,8 @@ class Planner {
   // `apart`: the tails have blocks of their own.
   Planner(const PlanInput& input, bool apart) : input_(input), apart_(apart) {
     bytes_.push_back(0);
-    cost_.push_back(0);
     for (const PageEntry& page : input.pages) {
-      const int bytes = page_bytes(input.head_dim, input.classes[page.cls]);
-      bytes_.push_back(bytes_.back() + bytes);
-      cost_.push_back(cost_.back() + bytes + std::int64_t{kTilesPerPage} * input.tile_bytes);
+      bytes_.push_back(bytes_.back() + page_bytes(input.head_dim, input.classes[page.cls]));
     }
     for (int row = 0; row < n_rows(); ++row) {
       total_ += row_cost(row);
@@ -65,7 +60,11 @@ class Planner {
 
  private:
   int n_rows() const { return static_cast<int>(input_.row_begin.size()) - 1; }
-  std::int64_t page_cost(int page) const { return cost_[page + 1] - cost_[page]; }
+  std::int64_t pages_cost(int begin, int end) const {
+    return bytes_[end] - bytes_[begin] +
+           std::int64_t{end - begin} * kTilesPerPage * input_.tile_bytes;
+  }
+  std::int64_t page_cost(int page) const { return pages_cost(page, page + 1); }
   std::int64_t tail_cost() const {
     if (!input_.with_tail || apart_) {
       return 0;
@@ -73,7 +72,7 @@ class Planner {
     return input_.tail_bytes + std::int64_t{input_.tail_tokens} * input_.head_dim * 4;
   }
   std::int64_t piece_cost(const Piece& piece) const {
-    const std::int64_t cost = input_.part_bytes + cost_[piece.end] - cost_[piece.begin];
+    const std::int64_t cost = input_.part_bytes + pages_cost(piece.begin, piece.end);
     return cost + (piece.end == input_.row_begin[piece.row + 1] ? tail_cost() : 0);
   }
   std::int64_t row_cost(int row) const {
@@ -150,7 +149,7 @@ class Planner {
   }
   // Adds to each block of a row its equal share of the pages [begin, end).
   void spread(int row, int begin, int end, std::vector<Block>& blocks) const {
-    double total = static_cast<double>(cost_[end] - cost_[begin]), position = 0;
+    double total = static_cast<double>(pages_cost(begin, end)), position = 0;
     if (end == input_.row_begin[row + 1]) {
       total += static_cast<double>(tail_cost());
     }
@@ -295,7 +294,7 @@ class Planner {
 
   const PlanInput& input_;
   const bool apart_;
-  std::vector<std::int64_t> bytes_, cost_;  // [pages + 1]: of the pages before
+  std::vector<std::int64_t> bytes_;  // [pages + 1]: of the pages before
   std::int64_t total_ = 0;
   int n_blocks_ = 1;
 };

@@ -11,13 +11,13 @@ namespace {
 
 // Pages of a part whose scale sets are folded together.
 struct Group {
-  std::vector<int> sets;
+  std::vector<WorkItem::Fold> folds;  // a set each
   std::vector<int> pages;
 
-  int fold_of(int set) const {
-    return static_cast<int>(std::ranges::find(sets, set) - sets.begin());
+  std::size_t fold_of(int set) const {  // folds.size(): of none
+    return static_cast<std::size_t>(std::ranges::find(folds, set, &WorkItem::Fold::set) -
+                                    folds.begin());
   }
-  bool has(int set) const { return fold_of(set) < static_cast<int>(sets.size()); }
 };
 
 // Pages that follow each other in the list, of one class and set, full up to the last.
@@ -44,28 +44,26 @@ class Part {
       WorkItem& first = items[last_fold];
       items.back().bits |= kItemWithTail | static_cast<std::uint32_t>(first.n_folds)
                                                << kItemTailFoldShift;
-      add_fold(first, 0, kTailClass);
+      first.folds[first.n_folds++] = fold_for(0, kTailClass);
     }
     return items;
   }
 
  private:
   PageClass class_of(int page) const { return input_.classes[input_.pages[page].cls]; }
-  static void add_fold(WorkItem& item, int set, PageClass cls) {
-    item.bits |= kItemFolds;
-    item.folds[item.n_folds++] = {static_cast<std::uint16_t>(set),
-                                  static_cast<std::uint16_t>(item_class_bits(cls))};
+  static WorkItem::Fold fold_for(std::uint16_t set, PageClass cls) {
+    return {set, static_cast<std::uint16_t>(item_class_bits(cls))};
   }
 
   std::vector<Group> groups(std::span<const int> pages, std::size_t n_folds) const {
     std::vector<Group> groups(1);
     for (const int page : pages) {
-      const int set = input_.pages[page].set;
-      if (!groups.back().has(set)) {
-        if (groups.back().sets.size() == n_folds) {
+      const std::uint16_t set = input_.pages[page].set;
+      if (groups.back().fold_of(set) == groups.back().folds.size()) {
+        if (groups.back().folds.size() == n_folds) {
           groups.emplace_back();
         }
-        groups.back().sets.push_back(set);
+        groups.back().folds.push_back(fold_for(set, class_of(page)));
       }
       groups.back().pages.push_back(page);
     }
@@ -84,12 +82,9 @@ class Part {
     if (items.empty()) {
       items.push_back(item_of({}, group));
     }
-    for (const int set : group.sets) {
-      const auto page =
-          std::ranges::find(group.pages, set, [&](int at) { return int{input_.pages[at].set}; });
-      add_fold(items.front(), set, class_of(*page));
-    }
     items.front().bits |= kItemFolds;
+    items.front().n_folds = static_cast<int>(group.folds.size());
+    std::ranges::copy(group.folds, items.front().folds);
     return items;
   }
 
@@ -155,7 +150,7 @@ class Part {
       item.n_tokens += entry.tokens;
       if (n < kItemPages) {
         item.pages[n].unit = entry.unit;
-        item.page_folds |= static_cast<std::uint32_t>(group.fold_of(entry.set)) << 4 * n;
+        item.page_folds |= static_cast<std::uint32_t>(group.fold_of(entry.set)) << kFoldBits * n;
       }
     }
     if (!pages.empty()) {

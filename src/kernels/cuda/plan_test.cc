@@ -120,7 +120,7 @@ void check(const Lists& lists, const PlanInput& input, const DecodePlan& plan) {
       announced[item.row] = item.n_partials;
       parts[item.row] += !inside;
       if ((item.bits & kItemWithTail) != 0) {
-        const int tail = item.bits >> kItemTailFoldShift & kItemTailFoldMask;
+        const int tail = item.bits >> kItemTailFoldShift & kFoldMask;
         ASSERT_EQ(tail, folded->n_folds - 1);
         ASSERT_LT(tail, max_folds(input.group));
         ASSERT_EQ(folded->folds[tail].bits, item_class_bits(kTailClass));

@@ -149,7 +149,7 @@ class TileRing {
     }
   }
   // What folding the query for the group's items will read: each warp asks for a set or two of
-  // each.
+  // each; of the last of kMaxFolds, mostly a tail, none.
   __device__ __forceinline__ void prefetch_sets(const DecodeParams& params, int lane) const {
     constexpr int kLineBytes = 128, kItemLanes = kWarpLanes / kItemGroup;
     const WorkItem& item = group_[lane / kItemLanes];
