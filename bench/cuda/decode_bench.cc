@@ -143,6 +143,7 @@ void bench_decode(const Report& report, const Shape& shape, int n_samples) {
   input.with_tail = shape.tail > 0;
   input.tail_tokens = shape.tail;
   input.resident_blocks = setup.resident_blocks;
+  input.resident_clusters = setup.resident_clusters;
   if (shape.block_tokens > 0) {
     input.min_block_bytes = kShortRunsBlockBytes;
   }
@@ -165,6 +166,7 @@ void bench_decode(const Report& report, const Shape& shape, int n_samples) {
   p.value_factors = batch.value_factors.data();
   p.items = items.data();
   p.n_blocks = plan.n_blocks;
+  p.cluster_blocks = plan.cluster_blocks;
   p.partials = partials.data();
   p.tickets = tickets.data();
   const auto launch = [&](int copy, cudaStream_t stream) {

@@ -58,6 +58,7 @@ Status DeviceCache::plan_decode_launch(Stream stream) {
   input.row_begin = row_begin;
   input.set_base = set_base;
   input.resident_blocks = decode_setup_->resident_blocks;
+  input.resident_clusters = decode_setup_->resident_clusters;
   input.min_block_bytes = kShortRunsBlockBytes;
   // One launch for all plans: to capture a step anew takes longer than the step.
   input.n_blocks = decode_setup_->resident_blocks;
@@ -74,6 +75,7 @@ Status DeviceCache::plan_decode_launch(Stream stream) {
   ZC_TRY(copy_async(plan_pages_.as<PageEntry>(), pages.data(), pages.size() * sizeof(PageEntry),
                     cudaMemcpyHostToDevice, stream));
   n_blocks_ = plan.n_blocks;
+  cluster_blocks_ = plan.cluster_blocks;
   planned_for_ = std::move(wanted);
   return ok_status();
 }
@@ -81,7 +83,9 @@ Status DeviceCache::plan_decode_launch(Stream stream) {
 std::uint64_t DeviceCache::launch_key() const {
   std::uint64_t key = 0xcbf29ce484222325u;
   const auto mix = [&key](std::uint64_t value) { key = (key ^ value) * 0x100000001b3u; };
-  mix(static_cast<std::uint64_t>(n_blocks_));  // another plan in the same places changes nothing
+  // Another plan in the same places changes nothing.
+  mix(static_cast<std::uint64_t>(n_blocks_));
+  mix(static_cast<std::uint64_t>(cluster_blocks_));
   mix(step_.first_stream << 8 | step_.streams.size());
   for (const void* pointer :
        {static_cast<const void*>(pool_.data()), key_sets_.layer<const void>(0),
@@ -159,6 +163,7 @@ Status DeviceCache::decode_layer(std::uint32_t index, const LayerTensors& layer,
   attend.store.ring = kProbeRing;
   attend.items = plan_items_.as<WorkItem>();
   attend.n_blocks = n_blocks_;
+  attend.cluster_blocks = cluster_blocks_;
   attend.start_early = true;  // behind a kernel of the engine, which writes neither pages nor items
   attend.partials = partials_.as<float>();
   attend.tickets = tickets_.as<std::uint32_t>();

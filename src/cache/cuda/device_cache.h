@@ -226,7 +226,7 @@ class DeviceCache {
   std::optional<DecodeSetup> decode_setup_;
   std::vector<std::uint64_t> planned_for_;  // serials of its blocks, stream by stream
   DeviceArray plan_items_, plan_pages_, tickets_;
-  std::int32_t n_blocks_ = 0;
+  std::int32_t n_blocks_ = 0, cluster_blocks_ = 1;
   int prefill_blocks_ = 0;
 };
 

@@ -112,14 +112,15 @@ Expected<DecodeSetup> prepare_decode(int head_dim, int group, std::span<const Pa
     return missing("decode", std::to_string(shared_bytes) + " bytes of shared memory per block",
                    std::to_string(block_limit));
   }
-  int blocks_per_sm = 0;
+  int blocks_per_sm = 0, n_clusters = 0;
   const cudaError_t error = with_launcher(head_dim, group, [&](auto launcher) {
-    return launcher.prepare(shared_bytes, &blocks_per_sm);
+    return launcher.prepare(shared_bytes, &blocks_per_sm, &n_clusters);
   });
   if (error != cudaSuccess) {
     return to_status(error, "decode").error();
   }
   setup.resident_blocks = n_sms * std::max(blocks_per_sm, 1);
+  setup.resident_clusters = n_clusters;
   return setup;
 }
 

@@ -23,7 +23,9 @@ using Stream = CUstream_st*;  // cudaStream_t
 // What a shape and its classes need; computed once, good for any number of launches.
 struct DecodeSetup {
   DecodeSharedPlan shared;
-  int resident_blocks = 0;  // as many as the device runs at once: PlanInput::resident_blocks
+  // As many as the device runs at once: PlanInput's.
+  int resident_blocks = 0;
+  int resident_clusters = 0;  // of kClusterBlocks; 0: the device has none
 };
 Expected<DecodeSetup> prepare_decode(int head_dim, int group, std::span<const PageClass> classes);
 

@@ -273,8 +273,11 @@ std::vector<Outputs> run_decode(const DecodeCase& c, const HostCache& cache, int
   input.n_kv_heads = c.n_kv_heads;
   input.with_tail = !c.tail.empty();
   input.resident_blocks = c.resident_blocks > 0 ? c.resident_blocks : setup->resident_blocks;
+  input.resident_clusters = std::min(setup->resident_clusters,
+                                     (input.resident_blocks + kClusterBlocks - 1) / kClusterBlocks);
   input.min_block_bytes = 2 << 10;  // many splits, also of small cases
-  input.part_bytes = 1 << 10;
+  input.part_bytes = input.tail_bytes = 1 << 10;
+  input.tail_tokens = 1;
   input.n_blocks = static_cast<int>(c.seed % 3) * 4;  // sometimes more than have work
   const DecodePlan plan = plan_decode(input);
 
@@ -307,6 +310,7 @@ std::vector<Outputs> run_decode(const DecodeCase& c, const HostCache& cache, int
   params.value_factors = value_factors.data();
   params.items = items.data();
   params.n_blocks = plan.n_blocks;
+  params.cluster_blocks = plan.cluster_blocks;
   params.partials = partials.data();
   params.tickets = tickets.data();
 
@@ -328,13 +332,13 @@ std::vector<Outputs> run_decode(const DecodeCase& c, const HostCache& cache, int
     if (!status) {
       throw std::runtime_error(status.error().message);
     }
-    results.push_back({out.to_host(), lse.to_host()});
+    results.push_back({out.to_host(), lse.to_host(), plan.cluster_blocks});
     if (!c.tail.empty()) {
       stored.expect_stored(tail_k, tail_v);
     }
   }
   EXPECT_TRUE(out.guards_intact() && lse.guards_intact() && partials.guards_intact());
-  EXPECT_EQ(tickets.to_host(), std::vector<std::uint32_t>(c.n_rows(), 0));
+  EXPECT_EQ(tickets.to_host(), std::vector<std::uint32_t>(tickets.size(), 0));
   return results;
 }
 

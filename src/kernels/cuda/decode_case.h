@@ -63,6 +63,7 @@ std::vector<DecodedRow> decode_rows(const DecodeCase& c, const HostCache& cache)
 struct Outputs {
   std::vector<float> out;  // [n_sequences, n_heads, head_dim]
   std::vector<float> lse;  // [n_sequences, n_heads]
+  int cluster_blocks = 1;  // of the launch
 };
 
 // Launches `repeats` times (same bits expected: the caller compares) and returns each result. Fails

@@ -227,12 +227,49 @@ __device__ __forceinline__ void merge_partials(const DecodeParams& params, int f
   }
 }
 
+// What the other blocks of the cluster have merged of their warps takes the places of warps 1 and
+// on here, for the heads that this block goes on with, every kClusterBlocks-th from its rank on;
+// the other warps have no result. All threads of the cluster call this, and ptx::cluster_wait()
+// before they change what stands in the places of warp 0.
+template <int kHeadDim>
+__device__ __forceinline__ void gather_cluster(const WarpResults& results, int rank, int group,
+                                               int warp, int lane) {
+  constexpr int kWarps = decode_warps(kHeadDim), kOthers = kClusterBlocks - 1;
+  static_assert(kClusterBlocks <= kWarps);
+  ptx::cluster_arrive();
+  ptx::cluster_wait();
+#pragma unroll 1
+  for (int n = warp;; n += kWarps) {
+    const int other = n % kOthers + 1, head = rank + n / kOthers * kClusterBlocks;
+    if (head >= group) {
+      break;
+    }
+    const int block = (rank + other) % kClusterBlocks;
+    const float* from = results.outputs + head * output_stride(kHeadDim);
+    float* to = results.outputs + (other * group + head) * output_stride(kHeadDim);
+    float2* const states = results.states + head * kWarps;
+#pragma unroll
+    for (int at = lane * 4; at < kHeadDim; at += kWarpLanes * 4) {
+      *reinterpret_cast<uint4*>(to + at) = ptx::load_of_block(from + at, block);
+    }
+    if (lane == 0) {
+      const uint4 state = ptx::load_of_block(states, block);
+      states[other] = {__uint_as_float(state.x), __uint_as_float(state.y)};
+    }
+    if (lane >= kClusterBlocks && lane < kWarps) {
+      states[lane] = {kNoScore, 0};
+    }
+  }
+  ptx::cluster_arrive();
+  __syncthreads();
+}
+
 // The warps' unnormalised states become the row's result, or one of its partial results. All
 // threads call this; shared memory is free again when it returns.
 //
-// The same code merges the results of the block's warps and, in a row's last block, what its warps
-// have merged of all blocks': what only that block runs is cold wherever other kernels ran between
-// (decision 5).
+// The same code merges the results of the block's warps, of a cluster's blocks and, in a row's last
+// block, what its warps have merged of all blocks': what only that block runs is cold wherever
+// other kernels ran between (decision 5).
 template <int kHeadDim, int kLaneHeads>
 __device__ __forceinline__ void finish_part(const DecodeParams& params, int group, int item,
                                             int row, const RowState<kHeadDim, kLaneHeads>& state,
@@ -248,13 +285,18 @@ __device__ __forceinline__ void finish_part(const DecodeParams& params, int grou
   store_state(state, results, group, warp, lane);
   __syncthreads();
 
+  int rank = -1;  // in the cluster, whose blocks then each merge their heads of all
 #pragma unroll 1
   for (bool of_row = n_partials == 1;; of_row = true) {
 #pragma unroll 1
     for (int head = warp; head < group; head += kWarps) {
+      if (rank >= 0 && head % kClusterBlocks != rank) {
+        continue;
+      }
       HeadMerge<kHeadDim> merged;
-      merged.merge_warps(results.outputs + head * output_stride(kHeadDim),
-                         group * output_stride(kHeadDim), results.states + head * kWarps, lane);
+      float* const outputs = results.outputs + head * output_stride(kHeadDim);
+      float2* const states = results.states + head * kWarps;
+      merged.merge_warps(outputs, group * output_stride(kHeadDim), states, lane);
       merged.finish();
       const int64_t at_head = static_cast<int64_t>(row) * group + head;
       if (of_row) {
@@ -264,17 +306,27 @@ __device__ __forceinline__ void finish_part(const DecodeParams& params, int grou
           params.lse[at_head] = merged.sum > 0 ? merged.max + log2f(merged.sum) : -INFINITY;
         }
       } else {
-        float* to =
-            params.partials + partial * static_cast<int64_t>(partial_floats(kHeadDim, group));
-        merged.slice.store(to + head * kHeadDim, 1.0f, lane);
+        float* to = outputs;
+        float2* to_state = states;
+        if (n_partials > 0) {
+          to = params.partials + partial * static_cast<int64_t>(partial_floats(kHeadDim, group));
+          to_state = reinterpret_cast<float2*>(to + group * kHeadDim + head * 4);
+          to += head * kHeadDim;
+        }
+        merged.slice.store(to, 1.0f, lane);
         if (lane == 0) {
-          *reinterpret_cast<float2*>(to + group * kHeadDim + head * 4) = {merged.max, merged.sum};
+          *to_state = {merged.max, merged.sum};
         }
       }
     }
     __syncthreads();
     if (of_row) {
-      return;
+      break;
+    }
+    if (n_partials == 0) {
+      rank = ptx::cluster_rank();
+      gather_cluster<kHeadDim>(results, rank, group, warp, lane);
+      continue;
     }
     // The last block to finish a part of this row merges the row, and leaves the ticket at zero.
     if (threadIdx.x == 0) {
@@ -287,10 +339,13 @@ __device__ __forceinline__ void finish_part(const DecodeParams& params, int grou
     }
     __syncthreads();
     if (*last_flag == 0) {
-      return;
+      break;
     }
     merge_partials<kHeadDim>(params, first_partial, n_partials, group, results, warp, lane);
     __syncthreads();
+  }
+  if (n_partials == 0) {
+    ptx::cluster_wait();
   }
 }
 

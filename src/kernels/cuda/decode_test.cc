@@ -204,6 +204,38 @@ TEST_F(DecodeTest, ItemsOfSeveralSets) {
   }
 }
 
+// A row's four blocks merge in each other's shared memory: rows alone in their launch, beside
+// others with blocks by themselves, with tails.
+TEST_F(DecodeTest, RowsInClusters) {
+  const int n = 8 * kPageTokens;
+  for (const int head_dim : {64, 128, 256}) {
+    for (const int group : {1, 2, 4, 7, 8}) {
+      for (const bool with_others : {false, true}) {
+        SCOPED_TRACE(::testing::Message() << "head_dim " << head_dim << ", group " << group
+                                          << (with_others ? ", with others" : ""));
+        DecodeCase c;
+        c.head_dim = head_dim;
+        c.n_kv_heads = with_others ? 2 : 1;
+        c.group = group;
+        c.class_tokens = {{n, n}};
+        c.resident_blocks = 4;
+        if (with_others) {
+          c.class_tokens.insert(c.class_tokens.end(), {{n / 8, 1}, {n - 7, n}});
+          c.tail = {40, 128, 0};
+          c.resident_blocks = 17;
+        }
+        const HostCache cache = make_cache(c);
+        const std::vector<Outputs> got = run_decode(c, cache, 2);
+        EXPECT_EQ(got[0].out, got[1].out);
+        EXPECT_EQ(got[0].lse, got[1].lse);
+        const bool has_clusters = prepare_decode(head_dim, group, c.classes)->resident_clusters > 0;
+        EXPECT_EQ(got[0].cluster_blocks, has_clusters ? kClusterBlocks : 1);
+        expect_attention(c, cache, got[0]);
+      }
+    }
+  }
+}
+
 // How the work is cut must not matter beyond rounding; one block with everything is the longest
 // sum.
 TEST_F(DecodeTest, LongRowsInFewBlocks) {

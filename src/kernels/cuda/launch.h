@@ -11,31 +11,63 @@
 
 namespace zipcache::cuda {
 
-// Early launches are of sm_90.
-inline bool device_starts_early() {
+// Early launches and clusters are of sm_90.
+inline bool device_is_sm90() {
   int device = 0, major = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   return major >= 9;
 }
 
+// What a launch asks for beside its sizes.
+struct LaunchAttributes {
+  cudaLaunchAttribute of[3]{};
+  unsigned count = 0;
+
+  void start_early() {
+    of[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    of[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  // Blocks of a cluster may share an SM: with each on one of its own, clusters of 4 leave 8 of an
+  // H200's 132 SMs without work.
+  void clusters(int n_blocks) {
+    of[count].id = cudaLaunchAttributeClusterDimension;
+    of[count].val.clusterDim.x = static_cast<unsigned>(n_blocks);
+    of[count].val.clusterDim.y = of[count].val.clusterDim.z = 1;
+    ++count;
+    of[count].id = cudaLaunchAttributeClusterSchedulingPolicyPreference;
+    of[count++].val.clusterSchedulingPolicyPreference = cudaClusterSchedulingPolicyLoadBalancing;
+  }
+};
+
 // With `start_early` the kernel may start while the one before it in the stream still
-// runs (see ptx::wait_for_launch_before()).
+// runs (see ptx::wait_for_launch_before()). Blocks come in clusters of `cluster_blocks`.
 template <typename... Expected, typename... Actual>
-cudaError_t launch_kernel_early(bool start_early, void (*kernel)(Expected...), dim3 blocks,
-                                int threads, int shared_bytes, cudaStream_t stream,
-                                Actual&&... arguments) {
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
+cudaError_t launch_clusters_early(bool start_early, int cluster_blocks, void (*kernel)(Expected...),
+                                  dim3 blocks, int threads, int shared_bytes, cudaStream_t stream,
+                                  Actual&&... arguments) {
+  LaunchAttributes attributes;
+  if (start_early && device_is_sm90()) {
+    attributes.start_early();
+  }
+  if (cluster_blocks > 1) {
+    attributes.clusters(cluster_blocks);
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = blocks;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = start_early && device_starts_early() ? 1 : 0;
+  config.attrs = attributes.of;
+  config.numAttrs = attributes.count;
   return cudaLaunchKernelEx(&config, kernel, static_cast<Actual&&>(arguments)...);
+}
+template <typename... Expected, typename... Actual>
+cudaError_t launch_kernel_early(bool start_early, void (*kernel)(Expected...), dim3 blocks,
+                                int threads, int shared_bytes, cudaStream_t stream,
+                                Actual&&... arguments) {
+  return launch_clusters_early(start_early, 1, kernel, blocks, threads, shared_bytes, stream,
+                               static_cast<Actual&&>(arguments)...);
 }
 template <typename... Expected, typename... Actual>
 cudaError_t launch_kernel(void (*kernel)(Expected...), dim3 blocks, int threads, int shared_bytes,
@@ -63,8 +95,9 @@ cudaError_t launch_batch(bool start_early, void (*kernel)(Expected...), dim3 blo
 // The decode kernel of one head_dim and decode_lane_heads(); instantiated in decode_d*.cu.
 template <int kHeadDim, int kLaneHeads>
 struct DecodeLauncher {
-  // Allows the kernel `shared_bytes` and says how many of its blocks an SM then holds.
-  static cudaError_t prepare(int shared_bytes, int* blocks_per_sm);
+  // Allows the kernel `shared_bytes` and says how many of its blocks an SM then holds, and how many
+  // clusters of kClusterBlocks the device does (0 before sm_90).
+  static cudaError_t prepare(int shared_bytes, int* blocks_per_sm, int* n_clusters);
   static cudaError_t launch(const DecodeParams& params, const DecodeSharedPlan& plan,
                             cudaStream_t stream);
 };

@@ -17,6 +17,8 @@ using HalfBits = std::uint16_t;  // fp16, kept as its bits
 inline constexpr int kItemPages = 8;
 inline constexpr int kItemGroup = 4;
 inline constexpr int kMaxFolds = 9;
+// Blocks that merge in each other's shared memory.
+inline constexpr int kClusterBlocks = 4;
 struct alignas(128) WorkItem {
   std::int32_t first_page = 0;  // index into DecodeParams::pages; of a run
   std::int32_t n_pages = 0;
@@ -34,8 +36,10 @@ struct alignas(128) WorkItem {
   std::int32_t partial = 0;      // the block's slot of the row's
 
   std::int32_t first_partial = 0;  // slots: [first_partial, first_partial + n_partials)
-  std::int32_t n_partials = 0;     // 1: the block has the whole row and writes the result itself
-  std::int32_t sequence = 0;       // of the row
+  // 1: the block has the whole row and writes the result itself. 0: its cluster has and does, each
+  // block with this one part.
+  std::int32_t n_partials = 0;
+  std::int32_t sequence = 0;  // of the row
 
   // Where the first pages are: they come with the item, in one trip to memory less.
   struct Page {
@@ -118,6 +122,7 @@ struct DecodeParams {
 
   const WorkItem* items = nullptr;  // block b starts at item b * kItemGroup
   std::int32_t n_blocks = 0;
+  std::int32_t cluster_blocks = 1;  // kClusterBlocks, if clusters have whole rows
   // The launch may start before the kernel ahead of it in the stream ends (on sm_90), if that one
   // wrote neither pages nor items. Queries, tails and the workspace are touched after it has ended.
   bool start_early = false;

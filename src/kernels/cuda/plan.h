@@ -1,8 +1,9 @@
 // How decode attention is cut among blocks of threads that all run at once: rows' pages weighted by
 // their cost, cut at page borders, either as equal pieces of the line of all rows or, where that
 // leaves no block more to do, with rows in equal pieces or whole (a part of a row costs a start and
-// a merge). A block's piece becomes items of one row and class each. Pure host code; a plan holds
-// until a page list changes (the length of the fp16 tails is read by the kernel).
+// a merge). Rows of four blocks are clusters where the device has them. A block's piece becomes items
+// of one row and class each. Pure host code; a plan holds until a page list changes (the length of
+// the fp16 tails is read by the kernel).
 #pragma once
 
 #include <cstdint>
@@ -31,7 +32,8 @@ struct PlanInput {
   // A tail behind a row's pages costs this much more than its bytes: its fold, and loads that
   // follow each other (8 x 8k in blocks of 512 and tails of 40: 30.2 us without, 28.8 with it).
   int tail_bytes = 32 << 10;
-  int resident_blocks = 0;  // > 0; blocks that run at once
+  int resident_blocks = 0;    // > 0; blocks that run at once
+  int resident_clusters = 0;  // of kClusterBlocks; 0: none
   // A tile costs this much more than its bytes: narrow codes wait for arithmetic.
   int tile_bytes = 1536;
   // A block's part of a row costs this much however little it reads: start, merge, partial result.
@@ -45,7 +47,8 @@ struct PlanInput {
 struct DecodePlan {
   std::vector<WorkItem> items;  // DecodeParams::items
   int n_blocks = 0;
-  int n_partials = 0;  // slots of DecodeParams::partials
+  int cluster_blocks = 1;  // kClusterBlocks: the launch has clusters
+  int n_partials = 0;      // slots of DecodeParams::partials
 };
 
 // REQUIRES: at least one row; row_begin and set_base of their sizes; classes of all pages exist.

@@ -117,7 +117,16 @@ void check(const Lists& lists, const PlanInput& input, const DecodePlan& plan) {
       ASSERT_TRUE(inside ? rows.contains(item.row) : rows.insert(item.row).second);
       inside = (item.bits & kItemEndsPart) == 0;
       tails[item.row] += (item.bits & kItemWithTail) != 0;
-      announced[item.row] = item.n_partials;
+      announced[item.row] = item.n_partials > 0 ? item.n_partials : kClusterBlocks;
+      if (item.n_partials == 0) {  // the only part of all blocks of the cluster
+        ASSERT_EQ(plan.cluster_blocks, kClusterBlocks);
+        ASSERT_EQ(rows.size(), 1U);
+        const int first = block / kClusterBlocks * kClusterBlocks;
+        for (int other = first; other < first + kClusterBlocks; ++other) {
+          ASSERT_EQ(plan.items[other * kItemGroup].row, item.row);
+          ASSERT_EQ(plan.items[other * kItemGroup].n_partials, 0);
+        }
+      }
       parts[item.row] += !inside;
       if ((item.bits & kItemWithTail) != 0) {
         const int tail = item.bits >> kItemTailFoldShift & kFoldMask;
@@ -187,6 +196,7 @@ TEST(Plan, CoversEverythingOnce) {
       SCOPED_TRACE(resident_blocks);
       PlanInput input = lists.input(resident_blocks);
       check(lists, input, plan_decode(input));
+      input.resident_clusters = resident_blocks / 4;
       input.min_block_bytes = input.part_bytes = 1 << 10;  // many blocks, also of small work
       check(lists, input, plan_decode(input));
     }
@@ -282,6 +292,43 @@ TEST(Plan, LongRowsInWholePieces) {
     const int tail_pages = tail / page;  // one has the tail too
     ASSERT_NEAR(narrow->n_pages, 512 * 0.4 / 4, tail_pages + 1);
   }
+}
+
+TEST(Plan, RowsOfFourBlocksInClusters) {
+  const Lists lists(std::vector<int>(64, 512));
+  PlanInput input = lists.input(264);
+  EXPECT_EQ(plan_decode(input).cluster_blocks, 1);
+  input.resident_clusters = 63;  // not all of them
+  EXPECT_EQ(plan_decode(input).cluster_blocks, 1);
+  input.resident_clusters = 66;
+  const DecodePlan plan = plan_decode(input);
+  check(lists, input, plan);
+  EXPECT_EQ(plan.cluster_blocks, kClusterBlocks);
+  EXPECT_EQ(plan.n_partials, 0);
+  input.n_blocks = 262;
+  EXPECT_EQ(plan_decode(input).n_blocks, 264);
+  // Of blocks that may share an SM at most one has a tail, and each begins with another class.
+  const auto ends_with_tail = [&](int block) {
+    int at = block * kItemGroup;
+    while (plan.items[at].next >= 0) {
+      at = plan.items[at].next;
+    }
+    return (plan.items[at].bits & kItemWithTail) != 0;
+  };
+  for (int block = 0; block < 128; ++block) {
+    EXPECT_FALSE(ends_with_tail(block) && ends_with_tail(block + 128));
+    EXPECT_NE(plan.items[block * kItemGroup].bits & 0xffff,
+              plan.items[(block + 128) * kItemGroup].bits & 0xffff);
+  }
+}
+
+TEST(Plan, RowsOfSeveralClustersHaveNone) {
+  const Lists lists(std::vector<int>(8, 512));
+  PlanInput input = lists.input(264);
+  input.resident_clusters = 66;
+  const DecodePlan plan = plan_decode(input);
+  check(lists, input, plan);
+  EXPECT_EQ(plan.cluster_blocks, 1);
 }
 
 TEST(Plan, TailsOfFewRowsStandApart) {

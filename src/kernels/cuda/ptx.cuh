@@ -165,6 +165,43 @@ __device__ __forceinline__ uint32_t take_ticket(uint32_t* counter) {
   return before;
 }
 
+// --- Clusters: blocks that run at the same time, of a launch that asks for them (on sm_90)
+// --------
+
+__device__ __forceinline__ int cluster_rank() {
+  int rank = 0;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+  return rank;
+}
+// All threads of the cluster arrive before any of them returns from wait(); what they wrote before
+// is visible then.
+__device__ __forceinline__ void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+// 16 bytes of what is at `own` in the shared memory of another block of the cluster.
+__device__ __forceinline__ uint4 load_of_block(const void* own, int rank) {
+  uint4 v{};
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n\t.reg .u32 at;\n\t"
+      "mapa.shared::cluster.u32 at, %4, %5;\n\t"
+      "ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [at];\n\t}"
+      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+      : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(own))), "r"(rank)
+      : "memory");
+#endif
+  return v;
+}
+
 // The shared memory that a launch asked for.
 __device__ __forceinline__ uint8_t* dynamic_shared() {
   extern __shared__ __align__(1024) uint8_t zipcache_shared[];

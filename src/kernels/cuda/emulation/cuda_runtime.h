@@ -8,8 +8,8 @@
 // them: a missing __syncwarp shows as wrong numbers. One warp at a time stands still until the
 // others need it, so that a missing __syncthreads shows too. All 32 lanes must come to the same
 // collective with the same operation; anything else, and a wait that never ends, is an exception.
-// Blocks run one after the other, in a shuffled order. Found instead of the toolkit's header by the
-// include path.
+// Clusters of blocks run one after the other, in a shuffled order, the blocks of one in turns.
+// Found instead of the toolkit's header by the include path.
 #pragma once
 
 #include <algorithm>
@@ -31,7 +31,7 @@
 #define __forceinline__ inline
 #define __grid_constant__
 #define __launch_bounds__(...)
-#define __shared__ static  // one block at a time, all threads in one
+#define __shared__ static  // one block at a time, all threads in one; not in clusters
 
 struct alignas(8) int2 {
   int x, y;
@@ -60,11 +60,16 @@ struct Index {
 };
 extern Index thread_index, block_index;  // of the running fiber
 
-// Runs all blocks of a launch to their end.
-void run(dim3 grid, dim3 block, std::size_t shared_bytes, const std::function<void()>& body);
+// Runs all blocks of a launch to their end, `cluster_blocks` neighbours at the same time.
+void run(dim3 grid, dim3 block, unsigned cluster_blocks, std::size_t shared_bytes,
+         const std::function<void()>& body);
 
-std::uint8_t* shared_memory();  // of the running block
-void yield();                   // lets other fibers run; throws when nothing ever happens
+std::uint8_t* shared_memory();             // of the running block
+std::uint8_t* shared_memory_of(int rank);  // of a block of its cluster that has not ended
+int cluster_rank();
+void cluster_arrive();
+void cluster_wait();
+void yield();  // lets other fibers run; throws when nothing ever happens
 bool block_barrier(bool predicate = false);  // whether any thread came with `true`
 
 enum class Operation { kSync, kShuffle, kVote, kMatrix, kTranspose };
@@ -219,11 +224,18 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, i
   return *blocks = 4, cudaSuccess;
 }
 
-enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization };
+enum cudaLaunchAttributeID {
+  cudaLaunchAttributeProgrammaticStreamSerialization,
+  cudaLaunchAttributeClusterDimension,
+  cudaLaunchAttributeClusterSchedulingPolicyPreference,
+};
+enum cudaClusterSchedulingPolicy { cudaClusterSchedulingPolicyLoadBalancing };
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
   struct {
     int programmaticStreamSerializationAllowed;
+    dim3 clusterDim;
+    cudaClusterSchedulingPolicy clusterSchedulingPolicyPreference;
   } val;
 };
 struct cudaLaunchConfig_t {
@@ -237,7 +249,17 @@ template <typename... Expected, typename... Actual>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Expected...),
                                Actual&&... arguments) {
   const std::tuple<Expected...> values(std::forward<Actual>(arguments)...);
-  zipcache::cuda::emulation::run(config->gridDim, config->blockDim, config->dynamicSmemBytes,
-                                 [&] { std::apply(kernel, values); });
+  unsigned cluster_blocks = 1;
+  for (unsigned n = 0; n < config->numAttrs; ++n) {
+    if (config->attrs[n].id == cudaLaunchAttributeClusterDimension) {
+      cluster_blocks = config->attrs[n].val.clusterDim.x;
+    }
+  }
+  zipcache::cuda::emulation::run(config->gridDim, config->blockDim, cluster_blocks,
+                                 config->dynamicSmemBytes, [&] { std::apply(kernel, values); });
   return cudaSuccess;
+}
+template <typename Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel, const cudaLaunchConfig_t*) {
+  return *clusters = 6, cudaSuccess;  // all blocks that run at once
 }

@@ -46,6 +46,13 @@ inline Barrier& barrier_at(uint32_t address) { return *reinterpret_cast<Barrier*
 inline void prefetch(const void*) {}
 inline void wait_for_launch_before() {}
 inline void let_next_launch_start() {}
+inline int cluster_rank() { return emulation::cluster_rank(); }
+inline void cluster_arrive() { emulation::cluster_arrive(); }
+inline void cluster_wait() { emulation::cluster_wait(); }
+inline uint4 load_of_block(const void* own, int rank) {
+  const auto offset = static_cast<const uint8_t*>(own) - emulation::shared_memory();
+  return *reinterpret_cast<const uint4*>(emulation::shared_memory_of(rank) + offset);
+}
 inline uint32_t take_ticket(uint32_t* counter) { return (*counter)++; }
 
 inline void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
