@@ -10,6 +10,7 @@ namespace zipcache::cuda {
 namespace {
 
 constexpr std::size_t kMapBytes = std::size_t{8} << 20;
+constexpr std::size_t kMaxSlackBytes = std::size_t{1} << 20;  // of scratch
 
 // The driver's functions by the runtime, so that nothing links to the driver's library.
 struct Driver {
@@ -168,7 +169,7 @@ Status DeviceArray::ensure(std::size_t bytes, Stream stream) {
   }
   cudaStreamSynchronize(stream);
   release();
-  const std::size_t size = round_up(bytes + bytes / 4, 256);
+  const std::size_t size = round_up(bytes + std::min(bytes / 4, kMaxSlackBytes), 256);
   if (Status ok = to_status(cudaMalloc(&data_, size), "scratch"); !ok) {
     return ok;
   }

@@ -25,7 +25,7 @@ struct DecodeSetup {
   DecodeSharedPlan shared;
   // As many as the device runs at once: PlanInput's.
   int resident_blocks = 0;
-  int resident_clusters = 0;  // of kClusterBlocks; 0: the device has none
+  int resident_clusters = 0;  // of kClusterBlocks; 0: rows are none
 };
 Expected<DecodeSetup> prepare_decode(int head_dim, int group, std::span<const PageClass> classes);
 

@@ -13,7 +13,7 @@
 namespace zipcache::cuda {
 
 struct ItemHead {
-  int n_pages, next, tile_bytes, row, n_tokens, value_offset, n_folds, first_set;
+  int n_pages, next, tile_bytes, row, n_tokens, value_offset, first_set;
   uint32_t bits, page_folds;
 };
 __device__ __forceinline__ ItemHead load_item(const DecodeParams& params, int index) {
@@ -28,8 +28,7 @@ __device__ __forceinline__ ItemHead load_item(const DecodeParams& params, int in
   head.n_tokens = static_cast<int>(b.z);
   head.value_offset = static_cast<int>(b.w);
   head.page_folds = c.x;
-  head.n_folds = static_cast<int>(c.y);
-  head.first_set = static_cast<int>(c.z);
+  head.first_set = static_cast<int>(c.y);
   return head;
 }
 
@@ -99,7 +98,7 @@ __global__ void __launch_bounds__(decode_threads(kHeadDim), kDecodeBlocksPerSm)
   ItemHead item = load_item(params, index);
   const auto folds_of_item = [&] {
     return FoldJob{params.q + static_cast<int64_t>(item.row) * group * kHeadDim,
-                   params.items + index, item.n_folds, item.first_set};
+                   params.items + index, item_folds(item.bits), item.first_set};
   };
   // The first fold stands before the loop: no registers of a row are taken yet.
   const auto first_fold = query.begin_folds(folds_of_item(), warp, lane);

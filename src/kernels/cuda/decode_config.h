@@ -25,6 +25,10 @@ inline constexpr int kDecodeBlocksPerSm = 2;
 inline constexpr int kMaxLaneHeads = 2;
 ZC_HOST_DEVICE constexpr int decode_lane_heads(int group) { return group <= 4 ? 1 : kMaxLaneHeads; }
 
+// Whether rows may be clusters. Where a lane works for two heads there is no register left for it (8
+// x 32k, groups of 8: 61.4 us without, 62.7 with it).
+ZC_HOST_DEVICE constexpr bool decode_has_clusters(int lane_heads) { return lane_heads == 1; }
+
 // What a launch decides about shared memory.
 struct DecodeSharedPlan {
   int group = 1;          // query heads per KV head
@@ -36,7 +40,7 @@ struct DecodeSharedPlan {
 
 // Which tile of an item is a warp's first; every decode_warps()-th from there on is its own too.
 // The warps take turns across a block's items: of items with fewer tiles than warps, one after the
-// other does the next.
+// other does the next. (What stands above the turn in `item_bits` counts whole rounds of warps.)
 ZC_HOST_DEVICE constexpr int first_tile_of_warp(int head_dim, std::uint32_t item_bits, int warp) {
   const auto warps = static_cast<unsigned>(decode_warps(head_dim));
   return static_cast<int>((static_cast<unsigned>(warp) - (item_bits >> kItemTurnShift)) % warps);
@@ -50,8 +54,11 @@ ZC_HOST_DEVICE constexpr int query_operand_bytes(int head_dim, int lane_heads) {
   return head_dim / 32 * query_columns(lane_heads) * 16;
 }
 inline constexpr int kQueryScalarBytes = kMaxGroup * 8;  // of an operand
-// What the query is folded for at a time: scale sets, and a tail.
-ZC_HOST_DEVICE constexpr int max_folds(int group) { return kMaxFolds / decode_lane_heads(group); }
+// What the query is folded for at a time: scale sets, and a tail. Groups above 4 have operands
+// twice as large; a fifth would leave an SM with one block (8 x 32k, groups of 8: 62.8 to 66.1 us).
+ZC_HOST_DEVICE constexpr int max_folds(int group) {
+  return decode_lane_heads(group) == 1 ? kMaxFolds : 4;
+}
 
 // Shared memory of a block:
 //   [query operands][scalars of each]

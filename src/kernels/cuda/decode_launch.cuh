@@ -18,7 +18,7 @@ cudaError_t DecodeLauncher<kHeadDim, kLaneHeads>::prepare(int shared_bytes, int*
   error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
       blocks_per_sm, decode_kernel<kHeadDim, kLaneHeads>, decode_threads(kHeadDim), shared_bytes);
   *n_clusters = 0;
-  if (error != cudaSuccess || !device_is_sm90()) {
+  if (error != cudaSuccess || !device_is_sm90() || !decode_has_clusters(kLaneHeads)) {
     return error;
   }
   LaunchAttributes attributes;

@@ -282,6 +282,7 @@ __device__ __forceinline__ void finish_part(const DecodeParams& params, int grou
   const int partial = __ldg(&params.items[item].partial);
   const int first_partial = __ldg(&params.items[item].first_partial);
   const int n_partials = __ldg(&params.items[item].n_partials);
+  const bool in_cluster = decode_has_clusters(kLaneHeads) && n_partials == 0;
   store_state(state, results, group, warp, lane);
   __syncthreads();
 
@@ -308,7 +309,7 @@ __device__ __forceinline__ void finish_part(const DecodeParams& params, int grou
       } else {
         float* to = outputs;
         float2* to_state = states;
-        if (n_partials > 0) {
+        if (!in_cluster) {
           to = params.partials + partial * static_cast<int64_t>(partial_floats(kHeadDim, group));
           to_state = reinterpret_cast<float2*>(to + group * kHeadDim + head * 4);
           to += head * kHeadDim;
@@ -323,7 +324,7 @@ __device__ __forceinline__ void finish_part(const DecodeParams& params, int grou
     if (of_row) {
       break;
     }
-    if (n_partials == 0) {
+    if (in_cluster) {
       rank = ptx::cluster_rank();
       gather_cluster<kHeadDim>(results, rank, group, warp, lane);
       continue;
@@ -344,7 +345,7 @@ __device__ __forceinline__ void finish_part(const DecodeParams& params, int grou
     merge_partials<kHeadDim>(params, first_partial, n_partials, group, results, warp, lane);
     __syncthreads();
   }
-  if (n_partials == 0) {
+  if (in_cluster) {
     ptx::cluster_wait();
   }
 }

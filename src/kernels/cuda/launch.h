@@ -96,7 +96,7 @@ cudaError_t launch_batch(bool start_early, void (*kernel)(Expected...), dim3 blo
 template <int kHeadDim, int kLaneHeads>
 struct DecodeLauncher {
   // Allows the kernel `shared_bytes` and says how many of its blocks an SM then holds, and how many
-  // clusters of kClusterBlocks the device does (0 before sm_90).
+  // clusters of kClusterBlocks the device does (0: none).
   static cudaError_t prepare(int shared_bytes, int* blocks_per_sm, int* n_clusters);
   static cudaError_t launch(const DecodeParams& params, const DecodeSharedPlan& plan,
                             cudaStream_t stream);

@@ -42,9 +42,10 @@ class Part {
     items.back().bits |= kItemEndsPart;
     if (with_tail) {
       WorkItem& first = items[last_fold];
-      items.back().bits |= kItemWithTail | static_cast<std::uint32_t>(first.n_folds)
-                                               << kItemTailFoldShift;
-      first.folds[first.n_folds++] = fold_for(0, kTailClass);
+      const int at = item_folds(first.bits);
+      items.back().bits |= kItemWithTail | static_cast<std::uint32_t>(at) << kItemTailFoldShift;
+      first.folds[at] = fold_for(0, kTailClass);
+      first.bits += 1u << kItemFoldsShift;
     }
     return items;
   }
@@ -82,8 +83,8 @@ class Part {
     if (items.empty()) {
       items.push_back(item_of({}, group));
     }
-    items.front().bits |= kItemFolds;
-    items.front().n_folds = static_cast<int>(group.folds.size());
+    items.front().bits |= kItemFolds | static_cast<std::uint32_t>(group.folds.size())
+                                           << kItemFoldsShift;
     std::ranges::copy(group.folds, items.front().folds);
     return items;
   }

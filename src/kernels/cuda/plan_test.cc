@@ -90,7 +90,7 @@ void check(const Lists& lists, const PlanInput& input, const DecodePlan& plan) {
                 item.n_pages > 0 ? tile_bytes(input.head_dim, item_class(item.bits)) : 0);
       folded = (item.bits & kItemFolds) != 0 ? &item : folded;
       ASSERT_TRUE(folded != nullptr && folded->row == item.row);
-      ASSERT_LE(folded->n_folds, max_folds(input.group));
+      ASSERT_LE(item_folds(folded->bits), max_folds(input.group));
       ASSERT_EQ(folded->first_set, lists.set_base[item.row]);
       int n_tokens = 0;
       for (int n = 0; n < item.n_pages; ++n) {
@@ -104,7 +104,7 @@ void check(const Lists& lists, const PlanInput& input, const DecodePlan& plan) {
         ASSERT_EQ(item.bits & 0xffff, item_class_bits(lists.classes[page->cls]));
         ASSERT_TRUE(page->tokens == kPageTokens || n + 1 == item.n_pages);
         const int fold = warp_fold(item.page_folds, n * kTilesPerPage % warps);
-        ASSERT_LT(fold, folded->n_folds);
+        ASSERT_LT(fold, item_folds(folded->bits));
         ASSERT_EQ(folded->folds[fold].set, page->set);
         const PageClass cls = item_class(folded->folds[fold].bits), own = item_class(item.bits);
         ASSERT_EQ(cls.key_bits, own.key_bits);
@@ -130,7 +130,7 @@ void check(const Lists& lists, const PlanInput& input, const DecodePlan& plan) {
       parts[item.row] += !inside;
       if ((item.bits & kItemWithTail) != 0) {
         const int tail = item.bits >> kItemTailFoldShift & kFoldMask;
-        ASSERT_EQ(tail, folded->n_folds - 1);
+        ASSERT_EQ(tail, item_folds(folded->bits) - 1);
         ASSERT_LT(tail, max_folds(input.group));
         ASSERT_EQ(folded->folds[tail].bits, item_class_bits(kTailClass));
       }

@@ -149,16 +149,16 @@ class TileRing {
     }
   }
   // What folding the query for the group's items will read: each warp asks for a set or two of
-  // each; of the last of kMaxFolds, mostly a tail, none.
+  // each.
   __device__ __forceinline__ void prefetch_sets(const DecodeParams& params, int lane) const {
     constexpr int kLineBytes = 128, kItemLanes = kWarpLanes / kItemGroup;
     const WorkItem& item = group_[lane / kItemLanes];
     const int at = lane % kItemLanes * kLineBytes;
 #pragma unroll
-    for (int turn = 0; turn < (kMaxFolds - 1) / kWarps; ++turn) {
+    for (int turn = 0; turn < (kMaxFolds + kWarps - 1) / kWarps; ++turn) {
       const int n = turn * kWarps + warp_;
-      const WorkItem::Fold fold = item.folds[n];
-      if (n < item.n_folds && fold.bits != item_class_bits(kTailClass)) {
+      const WorkItem::Fold fold = item.folds[min(n, kMaxFolds - 1)];
+      if (n < item_folds(item.bits) && fold.bits != item_class_bits(kTailClass)) {
         const int64_t first = static_cast<int64_t>(item.first_set + fold.set) * kHeadDim;
         if (at < 4 * kHeadDim) {
           ptx::prefetch(params.key_sets + first * 2 + at / 2);
