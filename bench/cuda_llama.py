@@ -126,9 +126,10 @@ class Bench:
         common = ["-m", model, "-ngl", 99, "-fa", "on", "-fit", "off", "--output-format", "jsonl"]
         for cache in caches:
             with Memory() as used:
-                # As large a batch as the cache's others, or the host reserves less for its activations.
+                # As large a batch as the cache's others, or the host reserves less for its activations;
+                # long enough to be seen after the last buffer came.
                 self.run("llama-batched-bench", cache, *common, "-c", 2304 if "2048" in cache else 512,
-                         "-npp", 256, "-ntg", 64, "-npl", 1)
+                         "-npp", 192, "-ntg", 320, "-npl", 1)
             floor[cache] = used.peak
         for turn in range(self.args.rounds):
             for n_prompt, batch, n_gen, n_ctx in points:

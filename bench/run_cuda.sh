@@ -34,8 +34,8 @@ sort "$out/clocks.txt" | uniq -c | sort -rn | head -6
 
 if have compute-sanitizer; then
   for tool in memcheck racecheck synccheck; do
-    timeout 60 compute-sanitizer --tool "$tool" "$bin/cuda_test" \
-      --gtest_filter='DecodeTest.SegmentsWith*:DecodeTest.EmptyClasses:PackTest.Classes*:TailTest.*:PrefillTest.Segments*:PrefillTest.Masks' \
+    timeout 100 compute-sanitizer --tool "$tool" "$bin/cuda_test" \
+      --gtest_filter='DecodeTest.SegmentsWith*:DecodeTest.EmptyClasses:DecodeTest.RowsInClusters:PackTest.Classes*:TailTest.*:PrefillTest.Segments*:PrefillTest.Masks' \
       >"$out/$tool.txt" 2>&1
     echo "$tool: $(tail -1 "$out/$tool.txt")"
   done

@@ -28,6 +28,8 @@ if [[ ${1:-} == --cuda ]]; then
   options+=(
     -DGGML_CUDA=ON -DGGML_CUDA_NCCL=OFF -DCMAKE_CUDA_ARCHITECTURES="${CUDA_ARCHITECTURES:-90-real}"
     -DGGML_NATIVE=OFF -DLLAMA_BUILD_APP=OFF
+    # The driver's library need not be where the programs are built.
+    -DCMAKE_EXE_LINKER_FLAGS=-Wl,--allow-shlib-undefined
   )
   targets=(llama-perplexity llama-completion llama-server llama-bench llama-batched-bench)
   program=llama-batched-bench

@@ -52,6 +52,10 @@ TEST_P(MaskSummaryTest, FlagsAndCountsAreTheirDefinitions) {
 INSTANTIATE_TEST_SUITE_P(Shapes, MaskSummaryTest,
                          testing::Combine(testing::Values(1, 3), testing::Values(0, 1, 2, 17),
                                           testing::Values(0, 1, 31, 256, 257)));
+// More than 16 bits count in a row.
+INSTANTIATE_TEST_SUITE_P(LongRows, MaskSummaryTest,
+                         testing::Combine(testing::Values(1), testing::Values(1, 2),
+                                          testing::Values(32767, 32768, 32769, 140000)));
 
 }  // namespace
 }  // namespace zipcache::cuda

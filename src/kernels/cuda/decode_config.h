@@ -25,8 +25,8 @@ inline constexpr int kDecodeBlocksPerSm = 2;
 inline constexpr int kMaxLaneHeads = 2;
 ZC_HOST_DEVICE constexpr int decode_lane_heads(int group) { return group <= 4 ? 1 : kMaxLaneHeads; }
 
-// Whether rows may be clusters. Where a lane works for two heads there is no register left for it (8
-// x 32k, groups of 8: 61.4 us without, 62.7 with it).
+// Whether rows may be clusters. Where a lane works for two heads there is no register left for it
+// (8 x 32k, groups of 8: 61.4 us without, 62.7 with it).
 ZC_HOST_DEVICE constexpr bool decode_has_clusters(int lane_heads) { return lane_heads == 1; }
 
 // What a launch decides about shared memory.
