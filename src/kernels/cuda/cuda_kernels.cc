@@ -130,6 +130,9 @@ Status decode(const DecodeParams& params, const DecodeSetup& setup, Stream strea
     return status;
   }
   ZC_CHECK(params.n_heads == params.n_kv_heads * setup.shared.group);
+  ZC_CHECK(params.cluster_blocks == 1 ||
+           (setup.resident_clusters > 0 && params.cluster_blocks == kClusterBlocks &&
+            params.n_blocks % kClusterBlocks == 0));
   if (params.n_sequences == 0) {
     return ok_status();
   }

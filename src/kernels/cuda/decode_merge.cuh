@@ -286,7 +286,7 @@ __device__ __forceinline__ void finish_part(const DecodeParams& params, int grou
   store_state(state, results, group, warp, lane);
   __syncthreads();
 
-  int rank = -1;  // in the cluster, whose blocks then each merge their heads of all
+  int rank = -1;  // in the cluster, when its blocks go on with a share of the heads each
 #pragma unroll 1
   for (bool of_row = n_partials == 1;; of_row = true) {
 #pragma unroll 1
