@@ -261,10 +261,11 @@ class Planner {
       }
       return pages > 0 ? static_cast<double>(bytes) / static_cast<double>(pages) : 0.0;
     };
-    const auto others = std::ranges::stable_partition(
-        clusters, [](const Cluster& cluster) { return cluster.size() > 1; });
+    const auto others =
+        std::stable_partition(clusters.begin(), clusters.end(),
+                              [](const Cluster& cluster) { return cluster.size() > 1; });
     for (const std::span<Cluster> part :
-         {std::span(clusters.begin(), others.begin()), std::span(others)}) {
+         {std::span(clusters.begin(), others), std::span(others, clusters.end())}) {
       std::ranges::stable_sort(part, std::greater(), bytes_per_page);
       const std::span<Cluster> second_half = part.last(part.size() / 2);
       std::ranges::reverse(second_half);
