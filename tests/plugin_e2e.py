@@ -193,11 +193,11 @@ class ServerTest(unittest.TestCase):
 
     def test_copies_of_a_prompt(self):
         # Three completions of one prompt: the stream of the first is copied to the others.
-        prompt = " ".join(STORIES * 6)
+        # A prompt without near ties: random probes change with each prompt of a stream and would decide
+        # them, on one processor so, on another so.
+        prompt = " ".join((STORIES[1:] + STORIES[:1]) * 6)
         for settings in ({"policy": "fp16"}, {}):
             with self.subTest(settings), Server("-c", 2048, "-np", 4, **settings) as server:
-                # First, in cells never used: the 20th token is nearly a tie with FP16, too, and other
-                # random probes (they change with each prompt of a stream) may decide it.
                 alone = server.complete(prompt, cache_prompt=False)
                 answers = server.complete(prompt, n_cmpl=3)
                 self.assertEqual(len(answers), 3)
