@@ -322,8 +322,8 @@ class Planner {
     const std::vector<std::int32_t> first_partial = next_partial;
     plan.cluster_blocks = line.n_in_clusters > 0 ? kClusterBlocks : 1;
     plan.n_blocks = std::max(static_cast<int>(blocks.size()), input_.n_blocks);
-    plan.n_blocks +=
-        (plan.cluster_blocks - plan.n_blocks % plan.cluster_blocks) % plan.cluster_blocks;
+    plan.n_blocks =
+        (plan.n_blocks + plan.cluster_blocks - 1) / plan.cluster_blocks * plan.cluster_blocks;
     plan.items.reserve(static_cast<std::size_t>(plan.n_blocks) * kItemGroup * 2);
     plan.items.resize(static_cast<std::size_t>(plan.n_blocks) * kItemGroup);
     for (std::size_t block = 0; block < blocks.size(); ++block) {

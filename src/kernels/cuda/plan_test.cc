@@ -196,7 +196,7 @@ TEST(Plan, CoversEverythingOnce) {
       SCOPED_TRACE(resident_blocks);
       PlanInput input = lists.input(resident_blocks);
       check(lists, input, plan_decode(input));
-      input.resident_clusters = resident_blocks / 4;
+      input.resident_clusters = resident_blocks / kClusterBlocks;
       input.min_block_bytes = input.part_bytes = 1 << 10;  // many blocks, also of small work
       check(lists, input, plan_decode(input));
     }

@@ -165,8 +165,17 @@ __device__ __forceinline__ uint32_t take_ticket(uint32_t* counter) {
   return before;
 }
 
-// --- Clusters: blocks that run at the same time, of a launch that asks for them (on sm_90)
-// --------
+// The shared memory that a launch asked for.
+__device__ __forceinline__ uint8_t* dynamic_shared() {
+  extern __shared__ __align__(1024) uint8_t zipcache_shared[];
+  return zipcache_shared;
+}
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// --- Clusters: blocks that run together, where a launch asks for it (on sm_90) -------------------
 
 __device__ __forceinline__ int cluster_rank() {
   int rank = 0;
@@ -196,20 +205,10 @@ __device__ __forceinline__ uint4 load_of_block(const void* own, int rank) {
       "mapa.shared::cluster.u32 at, %4, %5;\n\t"
       "ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [at];\n\t}"
       : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-      : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(own))), "r"(rank)
+      : "r"(shared_address(own)), "r"(rank)
       : "memory");
 #endif
   return v;
-}
-
-// The shared memory that a launch asked for.
-__device__ __forceinline__ uint8_t* dynamic_shared() {
-  extern __shared__ __align__(1024) uint8_t zipcache_shared[];
-  return zipcache_shared;
-}
-
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
 // --- Barriers that count arrivals and bytes ------------------------------------------------------
